@@ -1,0 +1,54 @@
+"""What a listener is told."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from mindtrace.jobs.delivery import Settlement
+from mindtrace.jobs.job import ExecutionStatus, JobId
+
+
+@dataclass(frozen=True, slots=True)
+class JobPublished:
+    """A job is stored, or was before (`duplicate`)."""
+
+    queue: str
+    job_id: JobId
+    schema_name: str
+    duplicate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobStarted:
+    """A run begins. `attempt` counts starts, from 1."""
+
+    queue: str
+    job_id: JobId
+    schema_name: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobSettled:
+    """A delivery has ended, and how.
+
+    Attributes:
+        settlement: as decided.
+        accepted: False where the lease was lost, so that nothing was changed, or where the broker gave no answer.
+        status: where the job stands now, if it was accepted.
+        seconds: how long the run took; 0 if it never began.
+    """
+
+    queue: str
+    job_id: JobId
+    schema_name: str
+    attempt: int
+    settlement: Settlement
+    accepted: bool
+    status: ExecutionStatus
+    seconds: float
+
+
+Event: TypeAlias = JobPublished | JobStarted | JobSettled
+Listener: TypeAlias = Callable[[Event], Awaitable[None] | None]
+"""Called with each event, in order; awaited if it gives something to await. What it raises is logged, nothing else."""
