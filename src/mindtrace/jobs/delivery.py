@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Literal, TypeAlias
 
 from mindtrace.jobs.errors import BackendUnavailable, JobsError, LeaseLost, RunAborted
-from mindtrace.jobs.job import JobId
 from mindtrace.jobs.wire import Message
 
 DeadReason = Literal[

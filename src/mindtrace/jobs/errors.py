@@ -104,7 +104,9 @@ class QueueInUse(JobsError):
     def __init__(self, queue: str, counts: Mapping[str, int]) -> None:
         self.queue, self.counts = queue, dict(counts)
         text = ", ".join(f"{count} {name}" for name, count in self.counts.items())
-        super().__init__(f"the queue {queue!r} still has jobs ({text}): settle or purge them, or delete with force=True")
+        super().__init__(
+            f"the queue {queue!r} still has jobs ({text}): settle or purge them, or delete with force=True"
+        )
 
 
 class JobNotFound(JobsError):
@@ -243,7 +245,7 @@ class UnknownSchema(JobsError):
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-class JobSignal(Exception):  # noqa: N818 (a signal is no error)
+class JobSignal(Exception):
     """What a job raises to steer itself. Not a `JobsError`, so that `except JobsError` around a call never swallows one."""
 
     reason: str

@@ -222,7 +222,9 @@ def job_from_schema(
 def new_job_id() -> JobId:
     """A UUIDv7 as text (RFC 9562, 5.7): 48 bits of milliseconds, so that ids sort by age, and 74 random ones."""
     random = int.from_bytes(os.urandom(10), "big")
-    text = f"{time.time_ns() // 1_000_000:012x}7{random >> 68:03x}{0x8 | (random >> 64) & 0x3:x}{random & 2**60 - 1:015x}"
+    text = (
+        f"{time.time_ns() // 1_000_000:012x}7{random >> 68:03x}{0x8 | (random >> 64) & 0x3:x}{random & 2**60 - 1:015x}"
+    )
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 

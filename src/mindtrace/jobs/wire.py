@@ -41,7 +41,9 @@ ENVELOPE_EXTRA = 64 * 1024
 HEADERS_LIMIT = 8 * 1024
 DEPTH_LIMIT = 64
 """Levels of nesting of an input, itself the first."""
-_DIGITS_LIMIT = 4300  # Python's own for text to int (sys.int_info.default_max_str_digits): beyond it no worker could read it
+_DIGITS_LIMIT = (
+    4300  # Python's own for text to int (sys.int_info.default_max_str_digits): beyond it no worker could read it
+)
 _WIDEST_INT = 10**_DIGITS_LIMIT
 
 _KEYS = frozenset(
@@ -100,7 +102,9 @@ def encode(envelope: Envelope, payload_limit: int = PAYLOAD_LIMIT) -> bytes:
         _check_values(envelope.input_data, 1)
         payload = to_json(envelope.input_data)
     except (ValueError, PydanticSerializationError) as error:
-        raise InputInvalid(envelope.schema_name, [{"type": "json", "loc": (), "msg": _without_values(error)}]) from error
+        raise InputInvalid(
+            envelope.schema_name, [{"type": "json", "loc": (), "msg": _without_values(error)}]
+        ) from error
     if len(payload) > payload_limit:
         raise PayloadTooLarge("input", len(payload), payload_limit)
     frame: dict[str, Any] = {"v": VERSION, "id": envelope.id, "name": envelope.name}
@@ -123,7 +127,10 @@ def encode(envelope: Envelope, payload_limit: int = PAYLOAD_LIMIT) -> bytes:
         head = to_json(frame)
     except PydanticSerializationError as error:
         raise ConfigError(f"the job's name is not UTF-8 text: {_without_values(error)}") from error
-    body = b'%b,"input":%b}' % (head[:-1], payload)  # spliced, so that the payload is written once and its size is known
+    body = b'%b,"input":%b}' % (
+        head[:-1],
+        payload,
+    )  # spliced, so that the payload is written once and its size is known
     if len(body) > payload_limit + ENVELOPE_EXTRA:
         raise PayloadTooLarge("envelope", len(body), payload_limit + ENVELOPE_EXTRA)
     return body
