@@ -1,0 +1,125 @@
+"""Where blocking code runs: a bounded pool of daemon threads, or the thread that called `consume()`."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a call ended with: `error` if it raised, else `value`."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class _Call:
+    function: Callable[[], Any]
+    loop: asyncio.AbstractEventLoop
+    future: "asyncio.Future[Outcome]"
+
+    def execute(self) -> Outcome:
+        try:
+            outcome = Outcome(self.function())
+        except BaseException as error:  # user code; it becomes a settlement in the worker
+            outcome = Outcome(error=error)
+        self.answer(outcome)
+        return outcome
+
+    def answer(self, outcome: Outcome) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.loop.call_soon_threadsafe(self._set, outcome)
+
+    def _set(self, outcome: Outcome) -> None:
+        if not self.future.done():
+            self.future.set_result(outcome)
+
+
+class BlockingRuns(Protocol):
+    """Runs functions elsewhere than on the loop."""
+
+    def start(self, function: Callable[[], Any]) -> "asyncio.Future[Outcome]":
+        """Have it run; cancelling the future does not stop it."""
+        ...
+
+    def close(self) -> None:
+        """Take no more calls. Does not wait for those that run: a thread cannot be stopped."""
+        ...
+
+
+class ThreadPool:
+    """Up to `size` threads, started as they are needed. Daemons, so that one that never returns cannot keep the process."""
+
+    def __init__(self, size: int, name: str) -> None:
+        self._size, self._name = size, name
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._threads = self._busy = 0
+
+    def start(self, function: Callable[[], Any]) -> "asyncio.Future[Outcome]":
+        """Have it run in a thread of the pool."""
+        loop = asyncio.get_running_loop()
+        call = _Call(function, loop, loop.create_future())
+        self._busy += 1
+        call.future.add_done_callback(self._one_less)
+        if self._threads < min(self._busy, self._size):
+            self._threads += 1
+            threading.Thread(target=self._serve, name=f"{self._name}-{self._threads}", daemon=True).start()
+        self._calls.put(call)
+        return call.future
+
+    def close(self) -> None:
+        """End the threads, each when its call returns."""
+        for _ in range(self._threads):
+            self._calls.put(None)
+
+    def _one_less(self, _: object) -> None:
+        self._busy -= 1
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call.execute()
+
+
+class CallerThread:
+    """The thread that calls `serve()`, until `close()`."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._interrupted = False
+
+    def start(self, function: Callable[[], Any]) -> "asyncio.Future[Outcome]":
+        """Have it run in the serving thread."""
+        loop = asyncio.get_running_loop()
+        call = _Call(function, loop, loop.create_future())
+        self._calls.put(call)
+        return call.future
+
+    def close(self) -> None:
+        """Let `serve` return. From any thread."""
+        self._calls.put(None)
+
+    def serve(self) -> None:
+        """Run calls, one at a time, until closed.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, whether it met a run or the wait for one; the run's caller has been told.
+        """
+        while True:
+            call = self._calls.get()
+            if call is None:
+                return
+            if self._interrupted:
+                call.answer(Outcome(error=KeyboardInterrupt()))
+                continue
+            if isinstance(call.execute().error, KeyboardInterrupt):
+                self._interrupted = True
+                raise KeyboardInterrupt
+
+    def interrupt(self) -> None:
+        """From now on calls are answered, not run."""
+        self._interrupted = True
