@@ -72,6 +72,53 @@ class Calls:
     problems: tuple[str, ...] = field(default=())
 
 
+def _check_options(cls: "type[AnyConsumer[Any, Any]]") -> None:
+    declared = vars(cls)
+    try:
+        if declared.get("retry") is not None:
+            RetryPolicy.of(declared["retry"])
+        checked_timeout(declared.get("timeout"))
+        if declared.get("job_type_name"):
+            checked_queue_name(declared["job_type_name"])
+    except ConfigError as error:
+        raise ConfigError(f"{cls.__name__}: {error}") from error
+    if declared.get("ack", "late") not in ("late", "early"):
+        raise ConfigError(f"{cls.__name__}: ack={declared['ack']!r}: 'late' or 'early'")
+    for name, value in declared.items():
+        if name.startswith("_") or name in _OPTIONS or callable(value) or isinstance(value, property):
+            continue
+        if near := difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.8):
+            raise ConfigError(f"{cls.__name__}: there is no option {name!r}: did you mean {near[0]!r}?")
+
+
+def _calls(cls: "type[AnyConsumer[Any, Any]]") -> Calls:
+    run, handle = getattr(cls, "run", None), getattr(cls, "handle", None)
+    if run is not None and handle is not None:
+        raise ConfigError(f"{cls.__name__} has both run and handle: which is to be called?")
+    method: Callable[..., Any] | None = run or handle
+    if method is None:
+        return Calls(None)
+    is_async = inspect.iscoroutinefunction(method)
+    if handle is None:
+        return Calls("run", is_async)
+    models = _models(cls)
+    if models[0] is None:
+        raise ConfigError(f"{cls.__name__} has handle but no models: class {cls.__name__}(...[Input, Output])")
+    return Calls("handle", is_async, *models)
+
+
+def _models(cls: type) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
+    """The models in `AsyncConsumer[In, Out]`, wherever among the bases it stands."""
+    for base in (base for kind in cls.__mro__ for base in getattr(kind, "__orig_bases__", ())):
+        origin = get_origin(base)
+        if isinstance(origin, type) and issubclass(origin, AnyConsumer):
+            first, second = (*get_args(base), None)[:2]
+            if isinstance(first, type) and issubclass(first, BaseModel):
+                output = second if isinstance(second, type) and issubclass(second, BaseModel) else None
+                return first, output
+    return None, None
+
+
 class AnyConsumer(Generic[In, Out]):
     """What both kinds of consumer declare: a name, options as class attributes, and one method that runs a job.
 
@@ -121,50 +168,3 @@ class AsyncConsumer(AnyConsumer[In, Out]):
 
     One instance serves one worker, and several jobs at once.
     """
-
-
-def _check_options(cls: type[AnyConsumer[Any, Any]]) -> None:
-    declared = vars(cls)
-    try:
-        if declared.get("retry") is not None:
-            RetryPolicy.of(declared["retry"])
-        checked_timeout(declared.get("timeout"))
-        if declared.get("job_type_name"):
-            checked_queue_name(declared["job_type_name"])
-    except ConfigError as error:
-        raise ConfigError(f"{cls.__name__}: {error}") from error
-    if declared.get("ack", "late") not in ("late", "early"):
-        raise ConfigError(f"{cls.__name__}: ack={declared['ack']!r}: 'late' or 'early'")
-    for name, value in declared.items():
-        if name.startswith("_") or name in _OPTIONS or callable(value) or isinstance(value, property):
-            continue
-        if near := difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.8):
-            raise ConfigError(f"{cls.__name__}: there is no option {name!r}: did you mean {near[0]!r}?")
-
-
-def _calls(cls: type[AnyConsumer[Any, Any]]) -> Calls:
-    run, handle = getattr(cls, "run", None), getattr(cls, "handle", None)
-    if run is not None and handle is not None:
-        raise ConfigError(f"{cls.__name__} has both run and handle: which is to be called?")
-    method: Callable[..., Any] | None = run or handle
-    if method is None:
-        return Calls(None)
-    is_async = inspect.iscoroutinefunction(method)
-    if handle is None:
-        return Calls("run", is_async)
-    models = _models(cls)
-    if models[0] is None:
-        raise ConfigError(f"{cls.__name__} has handle but no models: class {cls.__name__}(...[Input, Output])")
-    return Calls("handle", is_async, *models)
-
-
-def _models(cls: type) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
-    """The models in `AsyncConsumer[In, Out]`, wherever among the bases it stands."""
-    for base in (base for kind in cls.__mro__ for base in getattr(kind, "__orig_bases__", ())):
-        origin = get_origin(base)
-        if isinstance(origin, type) and issubclass(origin, AnyConsumer):
-            first, second = (*get_args(base), None)[:2]
-            if isinstance(first, type) and issubclass(first, BaseModel):
-                output = second if isinstance(second, type) and issubclass(second, BaseModel) else None
-                return first, output
-    return None, None

@@ -725,7 +725,7 @@ class _LocalDeadLetters(DeadLetters):
             del dead[record.message.id]
         return len(records)
 
-    def _chosen(self, which: Sequence[JobId] | DeadFilter) -> list[DeadRecord]:
+    def _chosen(self, which: Sequence[JobId] | DeadFilter) -> Sequence[DeadRecord]:
         dead = self._dead()
         if isinstance(which, DeadFilter):
             return _matching(dead.values(), which)
