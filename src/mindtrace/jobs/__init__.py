@@ -1,0 +1,138 @@
+"""An asyncio-native job queue: at least once, the same on every backend, with a blocking face for scripts."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from mindtrace.jobs.backend import Backend, Depth, QueueSpec, Receiver, Traits
+from mindtrace.jobs.backends import connect
+from mindtrace.jobs.consumer import AsyncConsumer, CurrentJob, current_job
+from mindtrace.jobs.dead_letters import AsyncDeadLetters
+from mindtrace.jobs.delivery import (
+    Dead,
+    DeadPage,
+    DeadRecord,
+    Delivery,
+    Done,
+    Release,
+    Retry,
+    RunError,
+    Settlement,
+)
+from mindtrace.jobs.errors import (
+    BackendUnavailable,
+    Closed,
+    ConfigError,
+    Discard,
+    ForkedProcess,
+    InputInvalid,
+    JobNotFound,
+    JobsError,
+    JobSignal,
+    LeaseLost,
+    NotSupported,
+    PayloadTooLarge,
+    PublishIncomplete,
+    QueueFull,
+    QueueInUse,
+    QueueMismatch,
+    QueueNotFound,
+    Reject,
+    RetryLater,
+    RunTimeout,
+    Snooze,
+    WouldDeadlock,
+)
+from mindtrace.jobs.events import Event, JobPublished, JobSettled, JobStarted, Listener
+from mindtrace.jobs.job import ExecutionStatus, Job, JobId, JobSchema, job_from_schema
+from mindtrace.jobs.orchestrator import AsyncOrchestrator
+from mindtrace.jobs.retry import RetryPolicy
+from mindtrace.jobs.sync import (
+    BackendType,
+    Consumer,
+    ConsumerBackendBase,
+    DeadLetters,
+    LocalClient,
+    LocalConsumerBackend,
+    Orchestrator,
+)
+from mindtrace.jobs.worker import Health, Worker
+
+if TYPE_CHECKING:
+    from mindtrace.jobs.backends.local import LocalBackend as LocalBackend
+
+__all__ = [
+    "AsyncConsumer",
+    "AsyncDeadLetters",
+    "AsyncOrchestrator",
+    "Backend",
+    "BackendType",
+    "BackendUnavailable",
+    "Closed",
+    "ConfigError",
+    "Consumer",
+    "ConsumerBackendBase",
+    "CurrentJob",
+    "Dead",
+    "DeadLetters",
+    "DeadPage",
+    "DeadRecord",
+    "Delivery",
+    "Depth",
+    "Discard",
+    "Done",
+    "Event",
+    "ExecutionStatus",
+    "ForkedProcess",
+    "Health",
+    "InputInvalid",
+    "Job",
+    "JobId",
+    "JobNotFound",
+    "JobPublished",
+    "JobSchema",
+    "JobSettled",
+    "JobSignal",
+    "JobStarted",
+    "JobsError",
+    "LeaseLost",
+    "Listener",
+    "LocalBackend",
+    "LocalClient",
+    "LocalConsumerBackend",
+    "NotSupported",
+    "Orchestrator",
+    "PayloadTooLarge",
+    "PublishIncomplete",
+    "QueueFull",
+    "QueueInUse",
+    "QueueMismatch",
+    "QueueNotFound",
+    "QueueSpec",
+    "Receiver",
+    "Reject",
+    "Release",
+    "Retry",
+    "RetryLater",
+    "RetryPolicy",
+    "RunError",
+    "RunTimeout",
+    "Settlement",
+    "Snooze",
+    "Traits",
+    "Worker",
+    "WouldDeadlock",
+    "connect",
+    "current_job",
+    "job_from_schema",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    """The backend classes, each imported with its driver when it is first named."""
+    if name == "LocalBackend":
+        from mindtrace.jobs.backends.local import LocalBackend
+
+        return LocalBackend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
