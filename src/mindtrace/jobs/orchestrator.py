@@ -383,5 +383,3 @@ def _fits(schema: JobSchema[Any, Any], data: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         raise InputInvalid(schema.name, field_errors(error)) from error
     return data
-
-

@@ -71,7 +71,9 @@ class _Background:
         """
         portal = self.portal()
         if threading.get_ident() == self._thread:
-            raise WouldDeadlock("a blocking call on the background loop would wait for itself: await the async API there")
+            raise WouldDeadlock(
+                "a blocking call on the background loop would wait for itself: await the async API there"
+            )
         self._warn_of_a_running_loop()
         result: R = portal.call(function)
         return result
@@ -108,7 +110,7 @@ class _Background:
             logger.warning("closing at exit took longer than %g s; what is unsettled is for the leases", _EXIT_TIMEOUT)
 
     def _warn_of_a_running_loop(self) -> None:
-        if self._warned or asyncio._get_running_loop() is None:  # noqa: SLF001 (documented for this)
+        if self._warned or asyncio._get_running_loop() is None:
             return
         self._warned = True
         warnings.warn(

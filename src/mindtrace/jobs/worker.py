@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mindtrace.jobs.backend import QueueSpec, Receiver
 from mindtrace.jobs.consumer import AnyConsumer, CurrentJob, enter_job
@@ -556,13 +556,9 @@ class Worker:
             return settlement
         now = datetime.now(UTC)
         started = None if run is None else datetime.fromtimestamp(now.timestamp() - time.monotonic() + run.started, UTC)
-        return replace(
-            settlement, error=replace(settlement.error, started_at=started, ended_at=now, worker=self.name)
-        )
+        return replace(settlement, error=replace(settlement.error, started_at=started, ended_at=now, worker=self.name))
 
-    async def _account(
-        self, finished: list[tuple[Delivery, Settlement, _Run | None]], settled: list[Settled]
-    ) -> None:
+    async def _account(self, finished: list[tuple[Delivery, Settlement, _Run | None]], settled: list[Settled]) -> None:
         for (delivery, settlement, run), answer in zip(finished, settled, strict=True):
             if answer is None and not isinstance(settlement, Release):
                 self.handled += 1
