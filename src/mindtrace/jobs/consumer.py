@@ -1,4 +1,4 @@
-"""`AsyncConsumer`, the class a user writes, what every consumer declares, and `current_job()` for the code inside it."""
+"""`AsyncConsumer`, the class a user writes; what every consumer declares; and `current_job()` for the code inside."""
 
 import difflib
 import inspect
@@ -27,8 +27,8 @@ class CurrentJob:
         number: which delivery of this job, ever; rises with each, so a database can refuse an older one.
         headers: as published.
         deadline: when its time is over, on `time.monotonic()`; inf for no limit.
-        cancelled: it should give up: its time is over, the worker stops, or its lease is gone. A coroutine is cancelled as
-            well; code in a thread has to look.
+        cancelled: it should give up: its time is over, the worker stops, or its lease is gone. A coroutine is cancelled
+            as well; code in a thread has to look.
         lease_lost: the job is another worker's now; what this run returns is thrown away.
     """
 

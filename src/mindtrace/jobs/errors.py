@@ -1,7 +1,7 @@
 """Every exception we raise, one tree under `JobsError`; and the signals a job raises to steer itself.
 
-Errors are grouped by what the caller can do. Each says so in two facts: `retryable` (the same call may succeed later) and
-`outcome`, what became of the call: it was certainly `not_done`, certainly `done`, or `unknown`. Further facts are attributes
+Errors are grouped by what the caller can do. Each says so in two facts: `retryable` (the same call may succeed later)
+and `outcome`, what became of the call: certainly `not_done`, certainly `done`, or `unknown`. Further facts are attributes
 named like the constructor's arguments. No text and no attribute holds a payload, a password or a full URL.
 """
 
@@ -122,8 +122,8 @@ class PublishIncomplete(JobsError):
 
     Attributes:
         ids: the ids of the jobs that are stored, in order.
-        failures: index in the batch -> the error of that job, each with an `outcome` of its own. Publish those again with
-            the same ids.
+        failures: index in the batch -> the error of that job, each with an `outcome` of its own. Publish those again
+            with the same ids.
     """
 
     retryable = True
@@ -203,7 +203,7 @@ class ForkedProcess(JobsError, RuntimeError):
 
 
 class RunTimeout(JobsError, TimeoutError):
-    """What the run of a job ends with when its time is over; seen in dead letters and events, never raised to a caller."""
+    """What a run ends with when its time is over; seen in dead letters and events, never raised to a caller."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
@@ -246,7 +246,7 @@ class UnknownSchema(JobsError):
 
 
 class JobSignal(Exception):
-    """What a job raises to steer itself. Not a `JobsError`, so that `except JobsError` around a call never swallows one."""
+    """What a job raises to steer itself. No `JobsError`, so that `except JobsError` around a call never swallows one."""
 
     reason: str
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from pydantic_core import PydanticSerializationError, to_json
 
 from mindtrace.jobs.errors import ConfigError, InputInvalid
-from mindtrace.jobs.retry import RetryPolicy, is_seconds
+from mindtrace.jobs.retry import RetryPolicy, is_seconds, is_whole
 
 JobId: TypeAlias = str
 """Names one job for good: the key under which publishing it again is harmless. `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`."""
@@ -44,8 +44,8 @@ class Job(BaseModel):
     """One unit of work someone asked for. It does not change once it is made.
 
     Attributes:
-        id: chosen by whoever publishes; a UUIDv7 unless given. Publishing the same `Job` twice is publishing it once: for
-            two jobs, make two.
+        id: chosen by whoever publishes; a UUIDv7 unless given. Publishing the same `Job` twice is publishing it once:
+            for two jobs, make two.
         name: what people call it, as a rule the schema's name.
         schema_name: the schema its input was made for.
         input_data: the input, as JSON values.
@@ -263,7 +263,7 @@ def checked_queue_name(name: str) -> str:
         ConfigError: not `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`, or reserved: the prefix `amq.`, and the suffixes `.dead`,
             `.hold`, `.bell`, which name parts of a queue.
     """
-    if not isinstance(name, str) or not _QUEUE_NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance] (checks what a caller without a type checker gave)
+    if not _is_text(name, _QUEUE_NAME):
         raise ConfigError(f"{name!r} is no queue name: 1 to 128 of A-Z a-z 0-9 . _ -, a letter or digit first")
     if name.startswith("amq.") or name.endswith(_RESERVED_SUFFIXES):
         raise ConfigError(f"the queue name {name!r} is reserved: no prefix amq., no suffix .dead, .hold or .bell")
@@ -276,7 +276,7 @@ def checked_job_id(job_id: str) -> JobId:
     Raises:
         ConfigError: not `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`.
     """
-    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):  # pyright: ignore[reportUnnecessaryIsInstance] (as above)
+    if not _is_text(job_id, _JOB_ID):
         raise ConfigError(f"{job_id!r} is no job id: 1 to 128 of A-Z a-z 0-9 . _ : -, a letter or digit first")
     return job_id
 
@@ -287,7 +287,7 @@ def checked_priority(priority: int, lowest: int = PRIORITY_RANGE[0], highest: in
     Raises:
         ConfigError: no whole number, or outside `lowest` to `highest`.
     """
-    if not isinstance(priority, int) or isinstance(priority, bool):  # pyright: ignore[reportUnnecessaryIsInstance] (as above)
+    if not is_whole(priority):
         raise ConfigError(f"priority={priority!r}: a whole number from {lowest} to {highest}")
     if not lowest <= priority <= highest:
         raise ConfigError(f"priority={priority}: from {lowest} to {highest} here")
@@ -303,6 +303,10 @@ def checked_timeout(timeout: float | None) -> float | None:
     if timeout is not None and not (timeout == float("inf") or (is_seconds(timeout) and timeout > 0)):
         raise ConfigError(f"timeout={timeout!r}: seconds above 0, or float('inf') for no limit")
     return timeout
+
+
+def _is_text(value: object, pattern: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
 def _model_class(which: str, model: object) -> type[Any]:

@@ -321,7 +321,7 @@ class AsyncOrchestrator:
             schemas = [schema for schema in schemas if type(job) is schema.input]
         if len(schemas) != 1:
             raise ConfigError(
-                f"which schema is this input for? {len(schemas)} registered schemas of the queue {queue!r} fit: register "
+                f"which schema is this input for? {len(schemas)} registered ones of the queue {queue!r} fit: register "
                 "the schema, or publish a Job made by job_from_schema"
             )
         return schemas[0]
@@ -349,7 +349,7 @@ class _Options:
         if delay is not None and not (is_seconds(delay) and 0 <= delay <= MAX_DELAY):
             raise ConfigError(f"delay={delay!r}: seconds from 0 to {MAX_DELAY:.0f} (366 days)")
         if at is not None:
-            if not isinstance(at, datetime) or at.tzinfo is None:  # pyright: ignore[reportUnnecessaryIsInstance] (checks what a caller without a type checker gave)
+            if not _is_aware(at):
                 raise ConfigError(f"at={at!r}: an aware datetime, such as datetime.now(UTC) + timedelta(minutes=5)")
             if at - datetime.now(at.tzinfo) > timedelta(seconds=MAX_DELAY):
                 raise ConfigError(f"at={at.isoformat()}: at most 366 days ahead")
@@ -364,6 +364,10 @@ class _Options:
         if self.at is not None:
             return self.at.timestamp()
         return now + self.delay if self.delay else None
+
+
+def _is_aware(at: object) -> bool:
+    return isinstance(at, datetime) and at.tzinfo is not None
 
 
 async def told(listeners: Sequence[Listener], event: Event) -> None:

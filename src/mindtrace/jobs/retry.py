@@ -29,10 +29,10 @@ class RetryPolicy:
         jitter: `full`, or `none` for the upper end itself.
         retry_on: exceptions that are retried; the others send the job to the dead letters at once, as `rejected`.
         no_retry_on: exceptions that are not, even if `retry_on` covers them.
-        delay: in place of the formula: called with the exception and the number of failed runs, gives seconds, or None for
-            no further run. A function that raises, or gives something else, counts as not there.
-        crash_limit: deliveries that may end with their worker (process killed, link lost) until the job is dead. They use
-            up no attempt.
+        delay: in place of the formula: called with the exception and the number of failed runs, gives seconds, or None
+            for no further run. A function that raises, or gives something else, counts as not there.
+        crash_limit: deliveries that may end with their worker (process killed, link lost) until the job is dead. They
+            use up no attempt.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -51,7 +51,7 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         for name in ("max_attempts", "crash_limit"):
             value: Any = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**31 - 1:
+            if not is_whole(value) or not 1 <= value <= 2**31 - 1:
                 raise ConfigError(f"RetryPolicy({name}={value!r}): a whole number from 1 on")
         for name, least, most in (("base", 0.0, MAX_DELAY), ("factor", 1.0, math.inf), ("cap", 0.0, MAX_DELAY)):
             value = getattr(self, name)
@@ -61,7 +61,7 @@ class RetryPolicy:
             raise ConfigError(f"RetryPolicy(jitter={self.jitter!r}): 'full' or 'none'")
         for name in ("retry_on", "no_retry_on"):
             value = getattr(self, name)
-            if not isinstance(value, tuple) or not all(_is_exception(kind) for kind in value):  # pyright: ignore[reportUnknownVariableType] (checks what a caller without a type checker gave)
+            if not _are_exceptions(value):
                 raise ConfigError(f"RetryPolicy({name}={value!r}): a tuple of exception classes")
         if self.delay is not None and not callable(self.delay):
             raise ConfigError(f"RetryPolicy(delay={self.delay!r}): a function of the exception and the failed runs")
@@ -119,8 +119,13 @@ def is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_exception(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Exception)
+def is_whole(value: object) -> bool:
+    """Whether `value` is a whole number, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_exceptions(kinds: Any) -> bool:
+    return isinstance(kinds, tuple) and all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds)
 
 
 _DEFAULT = RetryPolicy()

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from enum import StrEnum
@@ -99,7 +99,9 @@ class _Background:
 
     def forget(self) -> None:
         """In a forked child: the parent's loop may say that it runs and never does."""
-        self.__init__()  # type: ignore[misc] (as good as new, under the name that others hold)
+        self._lock, self._exit = threading.Lock(), ExitStack()
+        self._portal = self._thread = None
+        self._backends = []
 
     async def _close_all(self) -> None:
         try:
@@ -114,7 +116,7 @@ class _Background:
             return
         self._warned = True
         warnings.warn(
-            "a blocking call inside a running event loop: that loop stands still meanwhile; await AsyncOrchestrator there",
+            "a blocking call inside a running event loop, which stands still meanwhile: await AsyncOrchestrator there",
             RuntimeWarning,
             stacklevel=5,
         )
@@ -155,7 +157,7 @@ def blocking(
 
 
 class LocalClient:
-    """The backend in this process, for the blocking API. In a forked child it starts anew, with its queues and no jobs."""
+    """The backend in this process, for the blocking API; in a forked child anew, with its queues and no jobs."""
 
     backend_type: Final = BackendType.LOCAL
 
@@ -258,8 +260,8 @@ class Orchestrator(_Face):
         if twin is None or twin.backend is not backend:
             fresh = AsyncOrchestrator(backend)
             if twin is not None:
-                for schema in twin.schemas.values():
-                    _background.call(lambda schema=schema: fresh.register(schema))  # type: ignore[misc] (bound per turn)
+                schemas = list(twin.schemas.values())
+                _background.call(lambda: _register_all(fresh, schemas))
             self._twin = twin = fresh
         return twin
 
@@ -281,6 +283,11 @@ class Orchestrator(_Face):
     def create_consumer_backend_for_schema(self, schema: JobSchema[Any, Any]) -> "ConsumerBackendBase":
         """What drives a consumer of this schema on this orchestrator's backend."""
         return LocalConsumerBackend(schema.queue, self)
+
+
+async def _register_all(orchestrator: AsyncOrchestrator, schemas: Sequence[JobSchema[Any, Any]]) -> None:
+    for schema in schemas:
+        await orchestrator.register(schema)
 
 
 class ConsumerBackendBase:

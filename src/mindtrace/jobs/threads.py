@@ -53,7 +53,7 @@ class BlockingRuns(Protocol):
 
 
 class ThreadPool:
-    """Up to `size` threads, started as they are needed. Daemons, so that one that never returns cannot keep the process."""
+    """Up to `size` threads, started when needed; daemons, so that one that never returns cannot keep the process."""
 
     def __init__(self, size: int, name: str) -> None:
         self._size, self._name = size, name

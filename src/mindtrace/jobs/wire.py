@@ -16,8 +16,8 @@ The envelope is one JSON object in UTF-8, so that programs in other languages ca
 | `retry`      | object: the numbers of a `RetryPolicy`              | not given at publish   |
 | `input`      | object                                              |                        |
 
-`v`, `created_at` and `due_at` keep their meaning in every version. Fields we do not know survive a rewrite. JSON only: no
-pickle, and no name in a message is ever imported.
+`v`, `created_at` and `due_at` keep their meaning in every version. Fields we do not know survive a rewrite. JSON only:
+no pickle, and no name in a message is ever imported.
 """
 
 import math
@@ -74,7 +74,7 @@ class Message:
 
 @dataclass(slots=True, eq=False)
 class Envelope:
-    """What the bytes say. Instants are ms since the epoch; `timeout` is None where the publish gave none, inf for no limit."""
+    """What the bytes say. Instants are ms since the epoch; `timeout`: None where the publish gave none, inf for no limit."""
 
     id: JobId
     name: str
@@ -93,8 +93,8 @@ def encode(envelope: Envelope, payload_limit: int = PAYLOAD_LIMIT) -> bytes:
     """The envelope as bytes.
 
     Raises:
-        InputInvalid: the input holds what JSON cannot carry: NaN or an infinity, a lone surrogate, more than 64 levels, an
-            integer of more than 4,300 digits.
+        InputInvalid: the input holds what JSON cannot carry: NaN or an infinity, a lone surrogate, more than 64 levels,
+            an integer of more than 4,300 digits.
         PayloadTooLarge: the input, the headers or the whole is over its limit.
         ConfigError: the headers are not text to text, or the retry policy holds what cannot travel.
     """
@@ -140,7 +140,7 @@ def decode(body: bytes, payload_limit: int = PAYLOAD_LIMIT) -> Envelope | int:
     """What the bytes say; of duplicate keys the last counts.
 
     Returns:
-        the envelope; or, for a format version that we do not know, the ms since the epoch at which the job was first due.
+        the envelope; or, for a format version that we do not know, the ms since the epoch at which it was first due.
 
     Raises:
         Refused: `too_large` (found before anything is parsed) or `malformed`.

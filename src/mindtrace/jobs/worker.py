@@ -36,7 +36,7 @@ from mindtrace.jobs.events import JobSettled, JobStarted, Listener
 from mindtrace.jobs.job import ExecutionStatus, JobSchema, dumped, field_errors, parsed
 from mindtrace.jobs.orchestrator import AsyncOrchestrator, told
 from mindtrace.jobs.policy import settlement_for
-from mindtrace.jobs.retry import RetryPolicy, is_seconds
+from mindtrace.jobs.retry import RetryPolicy, is_seconds, is_whole
 from mindtrace.jobs.threads import BlockingRuns, Outcome, ThreadPool
 from mindtrace.jobs.wire import Envelope, decode, job_dict
 
@@ -86,13 +86,15 @@ class _Post:
 class _Run:
     """One delivery being run."""
 
-    __slots__ = ("cause", "delivery", "ended", "envelope", "job", "post", "settled", "started", "started_at", "task", "thread", "timer")  # fmt: skip
+    __slots__ = (
+        "cause", "delivery", "ended", "envelope", "job", "post",
+        "settled", "started", "task", "thread", "timer",
+    )  # fmt: skip
 
     def __init__(self, delivery: Delivery, post: _Post, envelope: Envelope) -> None:
         self.delivery, self.post, self.envelope = delivery, post, envelope
         self.job = CurrentJob(envelope.id, delivery.attempt, delivery.number, envelope.headers)
         self.started = time.monotonic()
-        self.started_at: datetime | None = None
         self.task: asyncio.Task[None] | None = None
         self.thread: asyncio.Future[Outcome] | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -103,8 +105,8 @@ class _Run:
 class Worker:
     """Runs the jobs of its consumers, several at once, until told to stop.
 
-    `await worker.run()` owns the process: it drains on SIGTERM and SIGINT. `async with worker:` runs beside an application,
-    in its loop, takes no signals and drains on exit.
+    `await worker.run()` owns the process: it drains on SIGTERM and SIGINT. `async with worker:` runs beside an
+    application, in its loop, takes no signals and drains on exit.
 
     Args:
         orchestrator: whose queues; it is opened already.
@@ -148,7 +150,7 @@ class Worker:
         threads: BlockingRuns | None = None,
     ) -> None:
         for option, value in (("concurrency", concurrency), ("max_jobs", max_jobs)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):  # pyright: ignore[reportUnnecessaryIsInstance] (checks what a caller without a type checker gave)
+            if value is not None and (not is_whole(value) or value < 1):
                 raise ConfigError(f"{option}={value!r}: a whole number from 1 on")
         for option, seconds in (("drain", drain), ("cancel_grace", cancel_grace), ("unknown_ttl", unknown_ttl)):
             if not is_seconds(seconds) or seconds < 0:
@@ -192,8 +194,8 @@ class Worker:
     async def run(self) -> int:
         """Run until stopped, by `stop()`, a signal, `max_jobs` or `until_idle`.
 
-        In the main thread SIGTERM and SIGINT are taken meanwhile: the first drains, the second cancels what runs, the third
-        ends the process at once.
+        In the main thread SIGTERM and SIGINT are taken meanwhile: the first drains, the second cancels what runs, the
+        third ends the process at once.
 
         Returns:
             0 if every run ended by itself, 1 if some had to be cancelled and released: an exit status.
@@ -227,7 +229,8 @@ class Worker:
         return self
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
-        assert self._group is not None and self._embedded is not None  # noqa: S101 (entered)
+        assert self._group is not None  # noqa: S101 (entered)
+        assert self._embedded is not None  # noqa: S101 (entered)
         self.stop()
         try:
             if not self._embedded.done():

@@ -11,7 +11,7 @@ def connect(url: str | None = None) -> Backend:
     """The backend that the URL names; it is not opened yet.
 
     Args:
-        url: `local://` for the one in this process; None takes `MINDTRACE_JOBS_URL` from the environment, else `local://`.
+        url: `local://` for the one in this process; None takes `MINDTRACE_JOBS_URL`, else `local://`.
 
     Raises:
         ConfigError: no backend of that scheme.

@@ -7,8 +7,8 @@ Where a job is, and what moves it (numbers as in the contract suite):
                                       │                │ ├──Dead───> dead ──replay──> ready
                                       └──lapse, Release┘ └──lapse at crash_limit──> dead
 
-`jobs` holds every job that is scheduled, ready or leased. The heaps beside it hold keys only; an entry whose job has moved
-on since is skipped when it comes up. Every change is one stretch of code without an await, so none is ever seen by halves.
+`jobs` holds every job that is scheduled, ready or leased. The heaps beside it hold keys only; an entry whose job has
+moved on since is skipped when it comes up. Every change is one stretch of code without an await: none is seen by halves.
 """
 
 import asyncio
@@ -52,6 +52,7 @@ from mindtrace.jobs.errors import (
     QueueNotFound,
 )
 from mindtrace.jobs.job import PRIORITY_RANGE, JobId
+from mindtrace.jobs.retry import is_whole
 from mindtrace.jobs.wire import Message
 
 _TRAITS = Traits(
@@ -98,14 +99,17 @@ class SystemClock:
 
     async def until(self, when: float) -> None:
         """Return once `now()` is `when` or later."""
-        while (left := when - time.monotonic()) > 0:
+        while (left := when - time.monotonic()) > 0:  # noqa: ASYNC110 (it is the passing of time that is waited for)
             await asyncio.sleep(min(left, 86400.0))
 
 
 class _Job:
     """A job's message and the state beside it."""
 
-    __slots__ = ("attempts", "crashes", "due", "errors", "holder", "lapses", "message", "number", "place", "releases", "replays", "state")  # fmt: skip
+    __slots__ = (
+        "attempts", "crashes", "due", "errors", "holder",
+        "lapses", "message", "number", "place", "releases", "replays", "state",
+    )  # fmt: skip
 
     def __init__(self, message: Message, place: int) -> None:
         self.message = message
@@ -274,20 +278,20 @@ class _Queue:
 
     def settle(self, job: _Job, settlement: Settlement) -> None:
         now = self.clock.now()
-        if type(settlement) is Done:
+        if isinstance(settlement, Done):
             job.holder = None
             self._clocked.pop(job.message.id, None)
             del self.jobs[job.message.id]
             self._recent.add(job.message.id, now)
             return
         self._leave(job)
-        if type(settlement) is Retry:
+        if isinstance(settlement, Retry):
             job.errors = with_error(job.errors, settlement.error)
             if settlement.delay > 0:
                 self._schedule(job, now + settlement.delay)
             else:
                 self._enter(job)
-        elif type(settlement) is Dead:
+        elif isinstance(settlement, Dead):
             self._bury(job, settlement.reason, settlement.error)
             return
         else:
@@ -688,7 +692,7 @@ class _LocalDeadLetters(DeadLetters):
         self._backend, self._name = backend, queue
 
     async def list(self, where: DeadFilter, *, limit: int = 100, cursor: str | None = None) -> DeadPage:
-        if not isinstance(limit, int) or limit < 1:  # pyright: ignore[reportUnnecessaryIsInstance] (checks what a caller without a type checker gave)
+        if not is_whole(limit) or limit < 1:
             raise ConfigError(f"limit={limit!r}: a whole number from 1 on")
         try:
             skip = int(cursor or 0)
