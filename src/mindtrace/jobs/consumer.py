@@ -160,7 +160,7 @@ class AnyConsumer(Generic[In, Out]):
 
 
 class AsyncConsumer(AnyConsumer[In, Out]):
-    """Runs jobs of one kind. Write one of two methods:
+    """Runs jobs of one kind, by one of two methods that you write.
 
     - `async def run(self, job_dict: dict) -> dict`: the job as a dict with `id`, `name`, `schema_name`, `input_data`,
       `priority`, `created_at`, `attempt` and `headers`.

@@ -1,8 +1,8 @@
 """Every exception we raise, one tree under `JobsError`; and the signals a job raises to steer itself.
 
 Errors are grouped by what the caller can do. Each says so in two facts: `retryable` (the same call may succeed later)
-and `outcome`, what became of the call: certainly `not_done`, certainly `done`, or `unknown`. Further facts are attributes
-named like the constructor's arguments. No text and no attribute holds a payload, a password or a full URL.
+and `outcome`, what became of the call: certainly `not_done`, certainly `done`, or `unknown`. Further facts are
+attributes named like the constructor's arguments. No text and no attribute holds a payload, a password or a full URL.
 """
 
 from collections.abc import Mapping, Sequence
@@ -246,7 +246,7 @@ class UnknownSchema(JobsError):
 
 
 class JobSignal(Exception):
-    """What a job raises to steer itself. No `JobsError`, so that `except JobsError` around a call never swallows one."""
+    """What a job raises to steer itself. No `JobsError`, so that `except JobsError` never swallows one."""
 
     reason: str
 

@@ -172,20 +172,22 @@ class JobSchema(Generic[In, Out]):
         Raises:
             InputInvalid: the model refuses it, or it holds what JSON cannot carry.
         """
+        model: type[Any] = self.input
         try:
             if isinstance(data, BaseModel):
                 values = dumped(data, by_alias=True)
-                parsed(self.input, values)
+                parsed(model, values)
                 return values
-            return dumped(parsed(self.input, data), by_alias=True)
+            return dumped(parsed(model, data), by_alias=True)
         except ValidationError as error:
             raise InputInvalid(self.name, field_errors(error)) from error
         except PydanticSerializationError as error:
             raise InputInvalid(self.name, [{"type": "json", "loc": (), "msg": str(error)}]) from error
 
     def _facts(self) -> tuple[object, ...]:
-        models = [None if model is None else model.model_json_schema() for model in (self.input, self.output)]
-        return (self.name, models, self.queue, self.retry, self.timeout, self.priority, self.validate_output)
+        models: tuple[type[Any] | None, ...] = (self.input, self.output)
+        shapes = [None if model is None else model.model_json_schema() for model in models]
+        return (self.name, shapes, self.queue, self.retry, self.timeout, self.priority, self.validate_output)
 
 
 def job_from_schema(

@@ -74,7 +74,7 @@ class Message:
 
 @dataclass(slots=True, eq=False)
 class Envelope:
-    """What the bytes say. Instants are ms since the epoch; `timeout`: None where the publish gave none, inf for no limit."""
+    """What the bytes say. Instants are ms since the epoch; `timeout`: None where none was given, inf for no limit."""
 
     id: JobId
     name: str
@@ -149,10 +149,10 @@ def decode(body: bytes, payload_limit: int = PAYLOAD_LIMIT) -> Envelope | int:
         raise Refused("too_large", f"an envelope of {len(body)} bytes, {payload_limit + ENVELOPE_EXTRA} allowed")
     try:
         # from_json takes bytes as UTF-8 and refuses a BOM, lone surrogates, NaN, and more than 200 levels of nesting.
-        frame: Any = from_json(body, allow_inf_nan=False)
+        frame = _object(from_json(body, allow_inf_nan=False))
     except ValueError as error:
         raise Refused("malformed", f"not JSON: {_without_values(error)}") from error
-    if type(frame) is not dict:
+    if frame is None:
         raise Refused("malformed", "not a JSON object")
     version: Any = frame.get("v")
     created: Any = frame.get("created_at")
@@ -169,9 +169,9 @@ def _envelope(frame: dict[str, Any], created: int, due: int | None) -> Envelope:
     get = frame.get
     name: Any = get("name")
     schema_name: Any = get("schema", name)
-    input_data: Any = get("input")
+    input_data = _object(get("input"))
     job_id: Any = get("id")
-    if not (type(name) is str and type(schema_name) is str and type(job_id) is str and type(input_data) is dict):
+    if not (type(name) is str and type(schema_name) is str and type(job_id) is str and input_data is not None):
         raise Refused("malformed", "id, name and schema have to be text, input an object")
     try:
         _check_values(input_data, 1)
@@ -182,11 +182,12 @@ def _envelope(frame: dict[str, Any], created: int, due: int | None) -> Envelope:
         return envelope
     envelope.unknown = {key: value for key, value in frame.items() if key not in _KEYS}
     envelope.priority = get("priority", 0)
-    envelope.headers = get("headers", {})
+    headers = _object(get("headers", {}))
     if type(envelope.priority) is not int:
         raise Refused("malformed", "priority has to be an integer")
-    if type(envelope.headers) is not dict or not all(type(value) is str for value in envelope.headers.values()):
+    if headers is None or not all(type(value) is str for value in headers.values()):
         raise Refused("malformed", "headers have to be an object of text")
+    envelope.headers = headers
     if "timeout" in frame:
         timeout: Any = math.inf if frame["timeout"] is None else frame["timeout"]
         if timeout != math.inf and not (is_seconds(timeout) and timeout > 0):
@@ -226,8 +227,14 @@ def instant(ms: int) -> str:
         return str(ms)
 
 
+def _object(value: Any) -> dict[str, Any] | None:
+    """The value if it is a JSON object."""
+    found: dict[str, Any] | None = value if type(value) is dict else None
+    return found
+
+
 def _check_values(value: Any, level: int) -> None:
-    kind = type(value)
+    kind: type[Any] = type(value)
     if kind is dict or kind is list:
         if level > DEPTH_LIMIT:
             raise ValueError(f"more than {DEPTH_LIMIT} levels of nesting")

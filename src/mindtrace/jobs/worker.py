@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mindtrace.jobs.backend import QueueSpec, Receiver
 from mindtrace.jobs.consumer import AnyConsumer, CurrentJob, enter_job
@@ -456,12 +456,13 @@ class Worker:
 
     def _check_output(self, run: _Run, returned: object) -> None:
         schema = run.post.schema
-        if schema is None or schema.output is None:
+        model: type[BaseModel] | None = None if schema is None else schema.output
+        if schema is None or model is None:
             return
         try:
-            if type(returned) is schema.output:
-                returned = dict(returned)  # a model is checked anew: what is set on it later is not validated
-            schema.output.model_validate(returned)
+            if isinstance(returned, model):
+                returned = vars(returned)  # a model is checked anew: what is set on it later is not validated
+            model.model_validate(returned)
         except ValidationError as error:
             text = f"the result does not fit the schema {schema.name!r}: {described(field_errors(error))}"
             if schema.validate_output == "error":

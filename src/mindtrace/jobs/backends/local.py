@@ -8,7 +8,7 @@ Where a job is, and what moves it (numbers as in the contract suite):
                                       └──lapse, Release┘ └──lapse at crash_limit──> dead
 
 `jobs` holds every job that is scheduled, ready or leased. The heaps beside it hold keys only; an entry whose job has
-moved on since is skipped when it comes up. Every change is one stretch of code without an await: none is seen by halves.
+moved on since is skipped when it comes up. Every change is one stretch of code without an await.
 """
 
 import asyncio
