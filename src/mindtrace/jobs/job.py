@@ -185,8 +185,9 @@ class JobSchema(Generic[In, Out]):
             raise InputInvalid(self.name, [{"type": "json", "loc": (), "msg": str(error)}]) from error
 
     def _facts(self) -> tuple[object, ...]:
-        models: tuple[type[Any] | None, ...] = (self.input, self.output)
-        shapes = [None if model is None else model.model_json_schema() for model in models]
+        takes: Any = self.input
+        gives: Any = self.output
+        shapes: list[object] = [takes.model_json_schema(), None if gives is None else gives.model_json_schema()]
         return (self.name, shapes, self.queue, self.retry, self.timeout, self.priority, self.validate_output)
 
 

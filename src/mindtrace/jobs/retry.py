@@ -125,7 +125,10 @@ def is_whole(value: object) -> bool:
 
 
 def _are_exceptions(kinds: Any) -> bool:
-    return isinstance(kinds, tuple) and all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds)
+    if not isinstance(kinds, tuple):
+        return False
+    found: tuple[Any, ...] = kinds
+    return all(isinstance(kind, type) and issubclass(kind, Exception) for kind in found)
 
 
 _DEFAULT = RetryPolicy()

@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
@@ -83,10 +83,10 @@ class Envelope:
     created_ms: int
     due_ms: int | None = None
     priority: int = 0
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
     timeout: float | None = None
     retry: RetryPolicy | None = None
-    unknown: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def encode(envelope: Envelope, payload_limit: int = PAYLOAD_LIMIT) -> bytes:
@@ -229,12 +229,11 @@ def instant(ms: int) -> str:
 
 def _object(value: Any) -> dict[str, Any] | None:
     """The value if it is a JSON object."""
-    found: dict[str, Any] | None = value if type(value) is dict else None
-    return found
+    return cast(dict[str, Any], value) if type(value) is dict else None
 
 
 def _check_values(value: Any, level: int) -> None:
-    kind: type[Any] = type(value)
+    kind = cast(type[Any], type(value))
     if kind is dict or kind is list:
         if level > DEPTH_LIMIT:
             raise ValueError(f"more than {DEPTH_LIMIT} levels of nesting")

@@ -16,7 +16,7 @@ import heapq
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Literal, Protocol
@@ -510,7 +510,7 @@ class LocalBackend(Backend):
         keep: bool = True,
         strict: bool = False,
         lost: Callable[[Delivery], None] | None = None,
-    ) -> AsyncIterator[Receiver]:
+    ) -> AsyncGenerator[Receiver, None]:
         """A receiver of these queues. With `keep` its leases end only with it: it lives and dies with the backend."""
         self.home.check()
         receiver = _LocalReceiver(self, queues, slots, lease, crash_limit, keep, strict, lost)
