@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mindtrace.jobs.errors import ConfigError
 
@@ -124,10 +124,10 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _are_exceptions(kinds: Any) -> bool:
+def _are_exceptions(kinds: object) -> bool:
     if not isinstance(kinds, tuple):
         return False
-    found: tuple[Any, ...] = kinds
+    found = cast(tuple[object, ...], kinds)
     return all(isinstance(kind, type) and issubclass(kind, Exception) for kind in found)
 
 

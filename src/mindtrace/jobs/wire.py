@@ -233,7 +233,7 @@ def _object(value: Any) -> dict[str, Any] | None:
 
 
 def _check_values(value: Any, level: int) -> None:
-    kind = cast(type[Any], type(value))
+    kind: object = type(value)
     if kind is dict or kind is list:
         if level > DEPTH_LIMIT:
             raise ValueError(f"more than {DEPTH_LIMIT} levels of nesting")
