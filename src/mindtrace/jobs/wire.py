@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
 
+from pydantic import JsonValue
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from mindtrace.jobs.errors import ConfigError, InputInvalid, PayloadTooLarge, Refused
@@ -232,18 +233,18 @@ def _object(value: Any) -> dict[str, Any] | None:
     return cast(dict[str, Any], value) if type(value) is dict else None
 
 
-def _check_values(value: Any, level: int) -> None:
-    kind: object = type(value)
-    if kind is dict or kind is list:
+def _check_values(value: JsonValue, level: int) -> None:
+    """Refuse what JSON readers do not agree on."""
+    if isinstance(value, dict | list):
         if level > DEPTH_LIMIT:
             raise ValueError(f"more than {DEPTH_LIMIT} levels of nesting")
-        for item in value.values() if kind is dict else value:
+        for item in value.values() if isinstance(value, dict) else value:
             if type(item) is not str:
                 _check_values(item, level + 1)
-    elif kind is float:
+    elif isinstance(value, float):
         if not math.isfinite(value):  # JSON has no word for it, and 1e999 is read as one
             raise ValueError("a number that is not finite")
-    elif kind is int and not -_WIDEST_INT < value < _WIDEST_INT:
+    elif isinstance(value, int) and not -_WIDEST_INT < value < _WIDEST_INT:
         raise ValueError(f"an integer of more than {_DIGITS_LIMIT} digits")
 
 
