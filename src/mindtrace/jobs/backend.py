@@ -26,6 +26,8 @@ from mindtrace.jobs.wire import Message
 
 BATCH = 500
 """The most messages that one call to a broker carries; longer sequences are split."""
+DEAD_LETTERS_MANY = 10_000
+"""So many dead letters in a queue are worth a warning: somebody should look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,13 +284,27 @@ class Home:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
 
-    def move_in(self) -> None:
-        """The running loop is home from now on."""
-        self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
+    def move_in(self) -> bool:
+        """The running loop is home from now on. Returns whether it was not before.
 
-    def move_out(self) -> None:
-        """There is no home any more."""
+        Raises:
+            ForkedProcess: the parent process has it open.
+            ConfigError: another loop has.
+        """
+        if self._loop is not None and not self._loop.is_closed():
+            self.check()
+            return False
+        self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
+        return True
+
+    def move_out(self) -> bool:
+        """There is no home any more. Returns whether there was one. Raises as `move_in`."""
+        if self._loop is None:
+            return False
+        if not self._loop.is_closed():
+            self.check()
         self._loop = None
+        return True
 
     def check(self) -> None:
         """Raises `Closed`, `ForkedProcess` or, from another loop, `ConfigError`."""
@@ -298,11 +314,6 @@ class Home:
             raise ForkedProcess(f"the {self._what} was opened in the parent process: open one in this process")
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigError(f"the {self._what} was opened in another event loop: open one in this loop")
-
-    @property
-    def is_current(self) -> bool:
-        """Whether it was opened, by this process and in this loop."""
-        return self._loop is not None and self._pid == os.getpid() and asyncio.get_running_loop() is self._loop
 
 
 def _positive(name: str, value: object) -> None:

@@ -39,7 +39,7 @@ class InputInvalid(JobsError):
 
     def __init__(self, schema: str, errors: Sequence[Mapping[str, Any]]) -> None:
         self.schema = schema
-        self.errors = list(errors)
+        self.errors: list[Mapping[str, Any]] = list(errors)
         super().__init__(f"the input does not fit the schema {schema!r}: {described(self.errors)}")
 
 
@@ -53,7 +53,9 @@ class PayloadTooLarge(JobsError):
     """
 
     def __init__(self, what: str, size: int, limit: int) -> None:
-        self.what, self.size, self.limit = what, size, limit
+        self.what: str = what
+        self.size: int = size
+        self.limit: int = limit
         super().__init__(f"{what} of {size} bytes, {limit} allowed: store large data elsewhere and send its address")
 
 
@@ -67,7 +69,9 @@ class NotSupported(JobsError):
     """
 
     def __init__(self, feature: str, backend: str, needs: str) -> None:
-        self.feature, self.backend, self.needs = feature, backend, needs
+        self.feature: str = feature
+        self.backend: str = backend
+        self.needs: str = needs
         super().__init__(f"{feature} is not supported on {backend}: it needs {needs}")
 
 
@@ -88,7 +92,8 @@ class QueueMismatch(JobsError):
     """
 
     def __init__(self, queue: str, differences: Mapping[str, tuple[object, object]]) -> None:
-        self.queue, self.differences = queue, dict(differences)
+        self.queue: str = queue
+        self.differences: dict[str, tuple[object, object]] = dict(differences)
         text = ", ".join(f"{name} is {there!r}, not {asked!r}" for name, (there, asked) in self.differences.items())
         super().__init__(f"the queue {queue!r} exists and differs: {text}; declare it as it is, or delete it first")
 
@@ -102,7 +107,8 @@ class QueueInUse(JobsError):
     """
 
     def __init__(self, queue: str, counts: Mapping[str, int]) -> None:
-        self.queue, self.counts = queue, dict(counts)
+        self.queue: str = queue
+        self.counts: dict[str, int] = dict(counts)
         text = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         super().__init__(
             f"the queue {queue!r} still has jobs ({text}): settle or purge them, or delete with force=True"
@@ -129,7 +135,8 @@ class PublishIncomplete(JobsError):
     retryable = True
 
     def __init__(self, ids: Sequence[str], failures: Mapping[int, JobsError]) -> None:
-        self.ids, self.failures = list(ids), dict(failures)
+        self.ids: list[str] = list(ids)
+        self.failures: dict[int, JobsError] = dict(failures)
         first = min(self.failures)
         super().__init__(
             f"{len(self.failures)} of {len(self.ids) + len(self.failures)} jobs were not stored, or may not have been; "
@@ -152,7 +159,8 @@ class QueueFull(JobsError):
     retryable = True
 
     def __init__(self, queue: str, limit: int) -> None:
-        self.queue, self.limit = queue, limit
+        self.queue: str = queue
+        self.limit: int = limit
         super().__init__(f"the queue {queue!r} is full: {limit} jobs wait; try again when workers have caught up")
 
 
@@ -167,7 +175,8 @@ class BackendUnavailable(JobsError):
     retryable = True
 
     def __init__(self, text: str, *, maybe_published: bool = False, job_ids: Sequence[str] = ()) -> None:
-        self.maybe_published, self.job_ids = maybe_published, tuple(job_ids)
+        self.maybe_published: bool = maybe_published
+        self.job_ids: tuple[str, ...] = tuple(job_ids)
         super().__init__(text)
 
     @property
@@ -238,7 +247,9 @@ class UnknownSchema(JobsError):
     """
 
     def __init__(self, what: str, waited: float, patience: float) -> None:
-        self.what, self.waited, self.patience = what, waited, patience
+        self.what: str = what
+        self.waited: float = waited
+        self.patience: float = patience
         super().__init__(f"{what} is not known to this worker; the job has waited {waited:.0f} s for one that knows it")
 
 
@@ -260,7 +271,8 @@ class RetryLater(JobSignal):
     """
 
     def __init__(self, delay: float | None = None, reason: str = "") -> None:
-        self.delay, self.reason = delay, reason
+        self.delay: float | None = delay
+        self.reason: str = reason
         super().__init__(reason or "asked to be run again")
 
 
@@ -268,7 +280,8 @@ class Snooze(JobSignal):
     """Put this job off for `delay` seconds, under the same attempt number: it counts as no attempt."""
 
     def __init__(self, delay: float, reason: str = "") -> None:
-        self.delay, self.reason = delay, reason
+        self.delay: float = delay
+        self.reason: str = reason
         super().__init__(reason or f"put off for {delay:g} s")
 
 
@@ -276,7 +289,7 @@ class Discard(JobSignal):
     """End this job quietly: done, without a result and without a dead letter."""
 
     def __init__(self, reason: str = "") -> None:
-        self.reason = reason
+        self.reason: str = reason
         super().__init__(reason or "discarded")
 
 
@@ -284,7 +297,7 @@ class Reject(JobSignal):
     """Send this job to the dead letters at once, with `reason` as the error's text."""
 
     def __init__(self, reason: str) -> None:
-        self.reason = reason
+        self.reason: str = reason
         super().__init__(reason)
 
 

@@ -1,11 +1,15 @@
-"""What a listener is told."""
+"""What a listener is told, and how."""
 
-from collections.abc import Awaitable, Callable
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from mindtrace.jobs.delivery import Settlement
 from mindtrace.jobs.job import ExecutionStatus, JobId
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +56,14 @@ class JobSettled:
 Event: TypeAlias = JobPublished | JobStarted | JobSettled
 Listener: TypeAlias = Callable[[Event], Awaitable[None] | None]
 """Called with each event, in order; awaited if it gives something to await. What it raises is logged, nothing else."""
+
+
+async def told(listeners: Sequence[Listener], event: Event) -> None:
+    """Tell each in turn; what one raises is logged, and nothing else comes of it."""
+    for listener in listeners:
+        try:
+            answer = listener(event)
+            if inspect.isawaitable(answer):
+                await answer
+        except Exception:  # the listener's own failure
+            _log.exception("a listener failed on %s", type(event).__name__)

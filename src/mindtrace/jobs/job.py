@@ -6,12 +6,12 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic_core import PydanticSerializationError, to_json
 
-from mindtrace.jobs.errors import ConfigError, InputInvalid
+from mindtrace.jobs.errors import ConfigError, InputInvalid, Refused
 from mindtrace.jobs.retry import RetryPolicy, is_seconds, is_whole
 
 JobId: TypeAlias = str
@@ -54,7 +54,7 @@ class Job(BaseModel):
         headers: text to text, carried unchanged through retries, death and replay.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     id: JobId = Field(default_factory=lambda: new_job_id())
     name: str
@@ -183,6 +183,18 @@ class JobSchema(Generic[In, Out]):
             raise InputInvalid(self.name, field_errors(error)) from error
         except PydanticSerializationError as error:
             raise InputInvalid(self.name, [{"type": "json", "loc": (), "msg": str(error)}]) from error
+
+    def received(self, data: dict[str, Any]) -> Any:
+        """The input of a job that arrived, as an instance of the input model.
+
+        Raises:
+            Refused: `input_invalid`; whoever published it did not check, or has another version of the model.
+        """
+        model: type[Any] = self.input
+        try:
+            return parsed(model, data)
+        except ValidationError as error:
+            raise Refused("input_invalid", str(InputInvalid(self.name, field_errors(error)))) from None
 
     def _facts(self) -> tuple[object, ...]:
         takes: Any = self.input

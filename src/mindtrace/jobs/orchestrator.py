@@ -1,6 +1,5 @@
 """`AsyncOrchestrator`: schemas, publish, receive, and the administration of queues."""
 
-import inspect
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from mindtrace.jobs.errors import (
     PublishIncomplete,
     Refused,
 )
-from mindtrace.jobs.events import Event, JobPublished, Listener
+from mindtrace.jobs.events import JobPublished, Listener, told
 from mindtrace.jobs.job import (
     Job,
     JobId,
@@ -37,7 +36,7 @@ from mindtrace.jobs.job import (
 from mindtrace.jobs.retry import MAX_DELAY, RetryPolicy, is_seconds
 from mindtrace.jobs.wire import PAYLOAD_LIMIT, PAYLOAD_LIMIT_MOST, Envelope, Message, decode, encode, job_dict
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _REQUIRABLE = frozenset(("stack", "lease_clock", "deduplicates", "fences", "keeps_place", "atomic_batch", "lookup"))
 
@@ -63,13 +62,13 @@ class AsyncOrchestrator:
         payload_limit: int = PAYLOAD_LIMIT,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        self.backend = backend
-        self.require = frozenset(require)
-        if unknown := self.require - _REQUIRABLE:
+        self.backend: Backend = backend
+        self._require = frozenset(require)
+        if unknown := self._require - _REQUIRABLE:
             raise ConfigError(f"require={sorted(unknown)}: {', '.join(sorted(_REQUIRABLE))} are the traits to ask for")
         if not 1 <= payload_limit <= PAYLOAD_LIMIT_MOST:
             raise ConfigError(f"payload_limit={payload_limit!r}: bytes, from 1 to {PAYLOAD_LIMIT_MOST}")
-        self.payload_limit = payload_limit
+        self.payload_limit: int = payload_limit
         self.schemas: dict[str, JobSchema[Any, Any]] = {}
         self._listeners = tuple(listeners)
 
@@ -89,11 +88,11 @@ class AsyncOrchestrator:
         """
         await self.backend.open()
         traits = self.backend.traits
-        for name in sorted(self.require):
+        for name in sorted(self._require):
             if not getattr(traits, name):
                 await self.backend.aclose()
                 raise NotSupported(name, traits.name, "another backend, or less in require=")
-        logger.info("backend %s open, durability %s", traits.name, traits.durability)
+        _log.info("backend %s open, durability %s", traits.name, traits.durability)
 
     async def aclose(self) -> None:
         """Close the backend. Closing twice does nothing."""
@@ -266,10 +265,7 @@ class AsyncOrchestrator:
             data = envelope.input_data
             schema = self.schemas.get(envelope.schema_name)
             if schema is not None:
-                try:
-                    data = dumped(parsed(schema.input, data))
-                except ValidationError as error:
-                    raise Refused("input_invalid", str(InputInvalid(schema.name, field_errors(error)))) from None
+                data = dumped(schema.received(data))
             return Done(), job_dict(envelope, delivery.attempt, data)
         except Refused as refused:
             return Dead(refused.reason, RunError.of(refused)), None
@@ -368,17 +364,6 @@ class _Options:
 
 def _is_aware(at: object) -> bool:
     return isinstance(at, datetime) and at.tzinfo is not None
-
-
-async def told(listeners: Sequence[Listener], event: Event) -> None:
-    """Tell each in turn; what one raises is logged, and nothing else comes of it."""
-    for listener in listeners:
-        try:
-            answer = listener(event)
-            if inspect.isawaitable(answer):
-                await answer
-        except Exception:  # the listener's own failure
-            logger.exception("a listener failed on %s", type(event).__name__)
 
 
 def _fits(schema: JobSchema[Any, Any], data: dict[str, Any]) -> dict[str, Any]:

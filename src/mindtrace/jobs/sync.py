@@ -24,7 +24,7 @@ from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.threads import CallerThread
 from mindtrace.jobs.worker import Worker
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,7 +95,7 @@ class _Background:
             portal.call(self._close_all)
             self._exit.close()
         except RuntimeError as error:
-            logger.warning("the background loop was not closed in order: %s", error)
+            _log.warning("the background loop was not closed in order: %s", error)
 
     def forget(self) -> None:
         """In a forked child: the parent's loop may say that it runs and never does."""
@@ -109,7 +109,7 @@ class _Background:
                 for backend in self._backends:
                     await backend.aclose()
         except TimeoutError:
-            logger.warning("closing at exit took longer than %g s; what is unsettled is for the leases", _EXIT_TIMEOUT)
+            _log.warning("closing at exit took longer than %g s; what is unsettled is for the leases", _EXIT_TIMEOUT)
 
     def _warn_of_a_running_loop(self) -> None:
         if self._warned or asyncio._get_running_loop() is None:

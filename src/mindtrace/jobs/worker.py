@@ -1,7 +1,6 @@
 """`Worker`: receive, run, settle, until told to stop."""
 
 import asyncio
-import contextvars
 import logging
 import math
 import os
@@ -11,36 +10,31 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ValidationError
-
-from mindtrace.jobs.backend import QueueSpec, Receiver
-from mindtrace.jobs.consumer import AnyConsumer, CurrentJob, enter_job
-from mindtrace.jobs.delivery import Dead, Delivery, Done, Release, Retry, Settled, Settlement
+from mindtrace.jobs.backend import Receiver
+from mindtrace.jobs.consumer import AnyConsumer
+from mindtrace.jobs.delivery import Dead, Delivery, Done, Release, Settled, Settlement
 from mindtrace.jobs.errors import (
     BackendUnavailable,
+    Closed,
     ConfigError,
-    InputInvalid,
     QueueNotFound,
     Refused,
     RunAborted,
-    RunTimeout,
     UnknownSchema,
-    described,
 )
-from mindtrace.jobs.events import JobSettled, JobStarted, Listener
-from mindtrace.jobs.job import ExecutionStatus, JobSchema, dumped, field_errors, parsed
-from mindtrace.jobs.orchestrator import AsyncOrchestrator, told
-from mindtrace.jobs.policy import settlement_for
+from mindtrace.jobs.events import JobSettled, Listener, told
+from mindtrace.jobs.job import ExecutionStatus
+from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.retry import RetryPolicy, is_seconds, is_whole
-from mindtrace.jobs.threads import BlockingRuns, Outcome, ThreadPool
-from mindtrace.jobs.wire import Envelope, decode, job_dict
+from mindtrace.jobs.routes import Routes
+from mindtrace.jobs.runs import Finished, Run, Runs, about
+from mindtrace.jobs.threads import BlockingRuns, ThreadPool
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 SUSPECT_CRASHES = 2
 """Crashes from which on a job is suspected of killing its worker, and is run with no other suspect beside it."""
@@ -70,36 +64,6 @@ class Health:
     def healthy(self) -> bool:
         """Whether the loop turns, and not every running job is stuck."""
         return self.idle_for <= 15 and not 0 < self.running == self.stuck
-
-
-@dataclass(slots=True)
-class _Post:
-    """One consumer at work: where from, what for, and how its runs are bounded."""
-
-    consumer: AnyConsumer[Any, Any]
-    queue: str
-    schema: JobSchema[Any, Any] | None
-    policy: RetryPolicy
-    timeout: float | None
-
-
-class _Run:
-    """One delivery being run."""
-
-    __slots__ = (
-        "cause", "delivery", "ended", "envelope", "job", "post",
-        "settled", "started", "task", "thread", "timer",
-    )  # fmt: skip
-
-    def __init__(self, delivery: Delivery, post: _Post, envelope: Envelope) -> None:
-        self.delivery, self.post, self.envelope = delivery, post, envelope
-        self.job = CurrentJob(envelope.id, delivery.attempt, delivery.number, envelope.headers)
-        self.started = time.monotonic()
-        self.task: asyncio.Task[None] | None = None
-        self.thread: asyncio.Future[Outcome] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.cause: Literal["timeout", "stop", "lost"] | None = None
-        self.settled = self.ended = False
 
 
 class Worker:
@@ -161,24 +125,33 @@ class Worker:
             raise ConfigError(f"timeout={timeout!r}: seconds above 0, or None for no limit")
         if not consumers:
             raise ConfigError("a worker needs at least one consumer")
-        self.orchestrator = orchestrator
-        self.concurrency = concurrency
-        self.name = f"{name}@{socket.gethostname()}:{os.getpid()}"
-        self.handled = 0
-        self.released = 0
-        self._consumers = list(consumers)
-        self._timeout, self._lease, self._drain, self._grace = timeout, lease, drain, cancel_grace
-        self._policy = RetryPolicy() if retry is None else RetryPolicy.of(retry)
-        self._strict, self._max_jobs, self._until_idle = strict, max_jobs, until_idle
-        self._unknown_ttl, self._listeners = unknown_ttl, tuple(listeners)
+        self.orchestrator: AsyncOrchestrator = orchestrator
+        self.concurrency: int = concurrency
+        self.name: str = f"{name}@{socket.gethostname()}:{os.getpid()}"
+        self.handled: int = 0
+        policy = RetryPolicy() if retry is None else RetryPolicy.of(retry)
+        self._timeout = math.inf if timeout is None else timeout
+        self._routes = Routes(orchestrator, consumers, policy=policy, timeout=self._timeout, unknown_ttl=unknown_ttl)
+        self._lease, self._drain, self._strict = lease, drain, strict
+        self._max_jobs, self._until_idle = max_jobs, until_idle
         self._random = random or Random()  # noqa: S311 (jitter, not secrets)
-        self._own_threads = threads is None
-        self._threads = threads or ThreadPool(concurrency, f"{name}-run")
-        self._posts: dict[str, list[_Post]] = {}
-        self._runs: dict[Delivery, _Run] = {}
-        self._finished: list[tuple[Delivery, Settlement, _Run | None]] = []
+        self._listeners = tuple(listeners)
+        self._pool: ThreadPool | None = None
+        if threads is None:
+            self._pool = threads = ThreadPool(concurrency, f"{name}-run")
+        self._runs = Runs(
+            worker=self.name,
+            threads=threads,
+            grace=cancel_grace,
+            policy=policy,
+            random=self._random,
+            listeners=self._listeners,
+            nudge=self._nudge,
+            stop_for=self._stop_for,
+            ending=self._is_ending,
+        )
         self._receiver: Receiver | None = None
-        self._busy = self._taken = self._stuck = 0
+        self._taken = 0
         self._stopping: float | None = None  # when the drain is over, on the monotonic clock
         self._cancelling = False
         self._fatal: BaseException | None = None
@@ -187,7 +160,6 @@ class Worker:
         self._main: asyncio.Task[Any] | None = None
         self._group: asyncio.TaskGroup | None = None
         self._embedded: asyncio.Task[None] | None = None
-        self._owner: asyncio.Task[Any] | None = None
 
     # --- what people call
 
@@ -216,16 +188,23 @@ class Worker:
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
-        return 1 if self.released else 0
+        return 1 if self._runs.released else 0
 
     async def __aenter__(self) -> Self:
         self._group = asyncio.TaskGroup()
         await self._group.__aenter__()
         self._embedded = self._group.create_task(self._embed())
-        await asyncio.wait(
-            {self._embedded, ready := self._group.create_task(self._ready.wait())}, return_when=asyncio.FIRST_COMPLETED
-        )
+        ready = self._group.create_task(self._ready.wait())
+        try:
+            await asyncio.wait({self._embedded, ready}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError as cancelled:
+            await self._group.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+            raise
         ready.cancel()
+        if self._embedded.done() and (error := self._embedded.exception()) is not None:
+            with suppress(BaseExceptionGroup):
+                await self._group.__aexit__(None, None, None)
+            raise error
         return self
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -248,28 +227,31 @@ class Worker:
             self._stopping = time.monotonic() + (0.0 if now else self._drain)
         if now:
             self._cancelling = True
-        if self._receiver is not None:
-            self._receiver.nudge()
+        self._nudge()
 
     def health(self) -> Health:
         """How the worker is, at this moment."""
-        return Health(
-            self._connected, time.monotonic() - self._turned, self._busy, self._stuck, self._stopping is not None
-        )
+        idle_for = time.monotonic() - self._turned
+        return Health(self._connected, idle_for, len(self._runs), self._runs.stuck, self._stopping is not None)
 
     async def work(self) -> None:
-        """As `run`, without signals."""
+        """As `run`, without signals.
+
+        Raises:
+            Closed: it has run before: a worker runs once.
+        """
+        if self._main is not None:
+            raise Closed("a worker runs once: make a new one")
         self._main = asyncio.current_task()
-        await self._take_posts()
-        crash_limit = max(post.policy.crash_limit for posts in self._posts.values() for post in posts)
+        await self._routes.lay()
         try:
             async with self.orchestrator.backend.receiver(
-                list(self._posts),
+                self._routes.queues,
                 slots=self.concurrency,
                 lease=self._lease,
-                crash_limit=crash_limit,
+                crash_limit=self._routes.crash_limit,
                 strict=self._strict,
-                lost=self._on_lost,
+                lost=self._runs.lose,
             ) as receiver:
                 self._receiver = receiver
                 self._log_start()
@@ -280,8 +262,8 @@ class Worker:
                     await self._wind_up(receiver)
         finally:
             self._receiver = None
-            if self._own_threads:
-                self._threads.close()
+            if self._pool is not None:
+                self._pool.close()
         if self._fatal is not None:
             raise self._fatal
 
@@ -290,8 +272,9 @@ class Worker:
     async def _pump(self, receiver: Receiver) -> None:
         failures = 0
         while True:
-            finished, self._finished = self._finished, []
-            room = self._room()
+            finished, self._runs.finished = self._runs.finished, []
+            if self._max_jobs is not None and self._taken >= self._max_jobs and not self._runs:
+                self.stop()
             stopping = self._stopping
             if stopping is not None and not finished and (not self._runs or time.monotonic() >= stopping):
                 return
@@ -299,12 +282,15 @@ class Worker:
             if self._until_idle and not self._runs:
                 wait = 0.0
             try:
-                exchanged = await receiver.exchange([(d, s) for d, s, _ in finished], room, wait=wait)
+                exchanged = await receiver.exchange(
+                    [(f.delivery, f.settlement) for f in finished], self._room(), wait=wait
+                )
             except BackendUnavailable as error:
                 failures += 1
                 self._connected = False
-                logger.warning("worker %s: %s", self.name, error)
-                await asyncio.sleep(self._random.uniform(0.1, min(10.0, 0.2 * 2 ** min(failures, 6))))
+                _log.warning("worker %s: %s", self.name, error)
+                longest = 1.0 if stopping is not None else min(10.0, 0.2 * 2 ** min(failures, 6))
+                await asyncio.sleep(self._random.uniform(0.1, longest))
                 continue
             failures = 0
             self._connected, self._turned = True, time.monotonic()
@@ -314,295 +300,95 @@ class Worker:
                 raise QueueNotFound(exchanged.missing[0])
             if exchanged.deliveries:
                 await self._begin(receiver, exchanged.deliveries)
-            elif self._until_idle and not finished and not self._runs and not self._finished and stopping is None:
+            elif self._until_idle and stopping is None and not (finished or self._runs or self._runs.finished):
                 self.stop()
 
     def _room(self) -> int:
+        """How many more deliveries there is room for."""
         if self._stopping is not None:
             return 0
-        room = self.concurrency - self._busy
-        if self._max_jobs is not None:
-            room = min(room, self._max_jobs - self._taken)
-            if self._taken >= self._max_jobs and self._busy == 0 and not self._finished:
-                self.stop()
-        return max(0, room)
+        room = self.concurrency - len(self._runs)
+        return room if self._max_jobs is None else min(room, self._max_jobs - self._taken)
 
     async def _begin(self, receiver: Receiver, deliveries: list[Delivery]) -> None:
         """Start them; but first settle what must not be in flight beside them."""
         first: list[tuple[Delivery, Settlement]] = []
-        runs: list[_Run] = []
-        suspect = any(run.delivery.crashes >= SUSPECT_CRASHES for run in self._runs.values())
+        runs: list[Run] = []
+        suspect = self._runs.any(_is_suspect)
         self._taken += len(deliveries)
         for delivery in deliveries:
-            run = self._prepared(delivery)
-            if run is None:
-                continue
-            if delivery.crashes >= SUSPECT_CRASHES:
+            if _is_suspect(delivery):
                 if suspect:
                     # A poison job returns beside the jobs it took down: run together again, they would die with it.
                     first.append((delivery, Release(1.0)))
                     self._taken -= 1
                     continue
                 suspect = True
-            if run.post.consumer.ack == "early":
-                first.append((delivery, Done()))
-            runs.append(run)
-        if first:
-            settled = await receiver.exchange(first, 0)
-            gone = {
-                delivery
-                for (delivery, settlement), answer in zip(first, settled.settled, strict=True)
-                if answer is not None and isinstance(settlement, Done)
-            }
-            runs = [run for run in runs if run.delivery not in gone]
-            for run in runs:
-                run.settled = run.post.consumer.ack == "early"
-        loop = asyncio.get_running_loop()
-        for run in runs:
-            self._runs[run.delivery] = run
-            self._busy += 1
-            run.task = loop.create_task(self._handle(run))
-
-    def _prepared(self, delivery: Delivery) -> _Run | None:
-        """The run of a delivery, or None where it is settled without one."""
-        try:
-            envelope = decode(delivery.message.body, self.orchestrator.payload_limit)
-            if isinstance(envelope, int):
-                raise UnknownSchema("its wire format", time.time() - envelope / 1000, self._unknown_ttl)
-            post = self._post_for(delivery.queue, envelope)
-        except (Refused, UnknownSchema) as error:
-            settlement = settlement_for(delivery, error, self._policy, self._random)
-            logger.warning("job %s of queue %s is not run: %s", delivery.message.id, delivery.queue, error)
-            self._finish(delivery, self._stamped(settlement, None), None)
-            return None
-        return _Run(delivery, post, envelope)
-
-    def _post_for(self, queue: str, envelope: Envelope) -> _Post:
-        for post in self._posts[queue]:
-            if post.schema is None or post.schema.name == envelope.schema_name:
-                return post
-        due = envelope.created_ms if envelope.due_ms is None else envelope.due_ms
-        raise UnknownSchema(f"the schema {envelope.schema_name!r}", time.time() - due / 1000, self._unknown_ttl)
-
-    # --- one run
-
-    async def _handle(self, run: _Run) -> None:
-        if self._listeners:
-            event = JobStarted(run.delivery.queue, run.envelope.id, run.envelope.schema_name, run.delivery.attempt)
-            await told(self._listeners, event)
-        end: Done | Exception | None = None
-        try:
-            end = await self._run(run)
-        except asyncio.CancelledError as error:
-            end = self._cancelled(run, error)
-        except KeyboardInterrupt as error:
-            self._stop_for(error)
-        except Exception as error:  # user code
-            end = error
-        except BaseException as error:  # user code: SystemExit must not stop the loop under everyone
-            end = RunAborted(f"the run raised {type(error).__name__}")
-            end.__cause__ = error
-            self._stop_for(error)
-        finally:
-            run.ended = True
-            if run.timer is not None:
-                run.timer.cancel()
-            if run.thread is None or run.thread.done():
-                self._free(run)
-            else:
-                run.thread.add_done_callback(lambda _: self._free(run))  # a thread keeps its slot until it returns
-            if not run.settled:
-                self._settle(run, end)
-
-    async def _run(self, run: _Run) -> Done | Exception:
-        timeout = self._timeout_of(run)
-        data = self._input(run)
-        enter_job(run.job)
-        if timeout is not None:
-            loop = asyncio.get_running_loop()
-            run.job.deadline = run.started + timeout
-            run.timer = loop.call_later(timeout, self._on_timeout, run, timeout)
-        consumer = run.post.consumer
-        method = getattr(consumer, consumer.calls.method or "")
-        try:
-            if consumer.calls.is_async:
-                returned = await method(data)
-            else:
-                context = contextvars.copy_context()
-                run.thread = self._threads.start(lambda: context.run(method, data))
-                outcome = await asyncio.shield(run.thread)
-                if outcome.error is not None:
-                    raise outcome.error
-                returned = outcome.value
-        except Exception:
-            if run.cause == "timeout" and timeout is not None:
-                raise RunTimeout(timeout) from None
-            raise
-        self._check_output(run, returned)
-        return Done()
-
-    def _input(self, run: _Run) -> Any:
-        data, schema = run.envelope.input_data, run.post.schema
-        typed = run.post.consumer.calls.method == "handle"
-        if schema is not None:
             try:
-                model = parsed(schema.input, data)
-            except ValidationError as error:
-                raise Refused("input_invalid", str(InputInvalid(schema.name, field_errors(error)))) from None
-            if typed:
-                return model
-            data = dumped(model)
-        return job_dict(run.envelope, run.delivery.attempt, data)
+                route, envelope = self._routes.find(delivery)
+            except (Refused, UnknownSchema) as error:
+                self._runs.refuse(delivery, error)
+                continue
+            runs.append(Run(delivery, route, envelope))
+            if route.consumer.ack == "early":
+                first.append((delivery, Done()))
+        gone = await self._settle_first(receiver, first) if first else frozenset[Delivery]()
+        for run in runs:
+            if run.delivery not in gone:
+                run.settled = run.route.consumer.ack == "early"
+                self._runs.start(run)
 
-    def _check_output(self, run: _Run, returned: object) -> None:
-        schema = run.post.schema
-        model: type[BaseModel] | None = None if schema is None else schema.output
-        if schema is None or model is None:
-            return
-        try:
-            if isinstance(returned, model):
-                returned = vars(returned)  # a model is checked anew: what is set on it later is not validated
-            model.model_validate(returned)
-        except ValidationError as error:
-            text = f"the result does not fit the schema {schema.name!r}: {described(field_errors(error))}"
-            if schema.validate_output == "error":
-                raise Refused("output_invalid", text) from None
-            logger.warning("job %s: %s", run.envelope.id, text)
+    async def _settle_first(self, receiver: Receiver, pairs: list[tuple[Delivery, Settlement]]) -> frozenset[Delivery]:
+        """Settle before anything is run. Returns those for which that failed: they are not to be run."""
+        settled = (await receiver.exchange(pairs, 0)).settled
+        await self._account([Finished(delivery, settlement) for delivery, settlement in pairs], settled)
+        return frozenset(delivery for (delivery, _), answer in zip(pairs, settled, strict=True) if answer is not None)
 
-    def _timeout_of(self, run: _Run) -> float | None:
-        for timeout in (run.envelope.timeout, run.post.timeout):
-            if timeout is not None:
-                return None if timeout == math.inf else timeout
-        return None if self._timeout == math.inf else self._timeout
-
-    # --- how a run is ended from outside, and what it then settles
-
-    def _on_timeout(self, run: _Run, timeout: float) -> None:
-        run.cause, run.job.cancelled = "timeout", True
-        if run.thread is not None:
-            self._abandon(run, RunTimeout(timeout))
-        elif run.task is not None:
-            run.task.cancel()
-            loop = asyncio.get_running_loop()
-            run.timer = loop.call_later(self._grace, self._abandon, run, RunTimeout(timeout))
-
-    def _abandon(self, run: _Run, end: Exception) -> None:
-        """Settle a run that has not ended: its slot stays taken until it does."""
-        if run.ended or run.settled:
-            return
-        logger.error("job %s of queue %s does not end; its slot stays taken", run.envelope.id, run.delivery.queue)
-        self._stuck += 1
-        self._settle(run, end)
-
-    def _on_lost(self, delivery: Delivery) -> None:
-        run = self._runs.get(delivery)
-        if run is None or run.settled:
-            return
-        logger.warning("job %s of queue %s: lease lost, result dropped", delivery.message.id, delivery.queue)
-        run.job.lease_lost = run.job.cancelled = True
-        self._cancel(run, "lost")
-
-    def _cancel(self, run: _Run, cause: Literal["stop", "lost"]) -> None:
-        run.cause, run.job.cancelled = cause, True
-        if run.task is not None and not run.ended:
-            run.task.cancel()
-
-    def _cancelled(self, run: _Run, error: asyncio.CancelledError) -> Exception | None:
-        """What a cancelled run ended with; None where it was we who asked, so that it counts as no attempt."""
-        if run.cause == "timeout":
-            return RunTimeout(self._timeout_of(run) or 0.0)
-        # A loop that is shutting down cancels us all at once, without a word to the worker.
-        if run.cause is not None or (self._main is not None and self._main.cancelling()):
-            return None
-        end = RunAborted("the run cancelled itself")
-        end.__cause__ = error
-        return end
-
-    def _stop_for(self, error: BaseException) -> None:
-        if self._fatal is None:
-            self._fatal = error
-        self.stop(now=isinstance(error, KeyboardInterrupt))
-
-    def _settle(self, run: _Run, end: Done | Exception | None) -> None:
-        """Decide, once; the pump writes it with its next exchange."""
-        run.settled = True
-        if end is None:
-            settlement: Settlement = Release()
-            self.released += 1
-        else:
-            if isinstance(end, Exception) and not isinstance(end, Refused):
-                logger.info("job %s, attempt %d: %s", run.envelope.id, run.delivery.attempt, type(end).__name__)
-            policy = run.envelope.retry or run.post.policy
-            if run.envelope.retry is not None:
-                policy = replace(
-                    policy,
-                    retry_on=run.post.policy.retry_on,
-                    no_retry_on=run.post.policy.no_retry_on,
-                )
-            settlement = settlement_for(run.delivery, end, policy, self._random)
-        self._finish(run.delivery, self._stamped(settlement, run), run)
-
-    def _finish(self, delivery: Delivery, settlement: Settlement, run: _Run | None) -> None:
-        self._finished.append((delivery, settlement, run))
-        if self._receiver is not None:
-            self._receiver.nudge()
-
-    def _free(self, run: _Run) -> None:
-        if self._runs.pop(run.delivery, None) is not None:
-            self._busy -= 1
-            if self._stuck and run.cause == "timeout":
-                self._stuck -= 1
-            if self._receiver is not None:
-                self._receiver.nudge()
-
-    def _stamped(self, settlement: Settlement, run: _Run | None) -> Settlement:
-        if not isinstance(settlement, Retry | Dead) or settlement.error is None:
-            return settlement
-        now = datetime.now(UTC)
-        started = None if run is None else datetime.fromtimestamp(now.timestamp() - time.monotonic() + run.started, UTC)
-        return replace(settlement, error=replace(settlement.error, started_at=started, ended_at=now, worker=self.name))
-
-    async def _account(self, finished: list[tuple[Delivery, Settlement, _Run | None]], settled: list[Settled]) -> None:
-        for (delivery, settlement, run), answer in zip(finished, settled, strict=True):
-            if answer is None and not isinstance(settlement, Release):
-                self.handled += 1
-            elif answer is not None and not delivery.lost:
-                logger.warning("job %s of queue %s: %s", delivery.message.id, delivery.queue, answer)
-            if isinstance(settlement, Dead) and answer is None:
-                logger.error("job %s of queue %s is dead: %s", delivery.message.id, delivery.queue, settlement.reason)
+    async def _account(self, finished: Sequence[Finished], settled: Sequence[Settled]) -> None:
+        """Count, log and tell how deliveries have ended."""
+        for end, answer in zip(finished, settled, strict=True):
+            delivery, settlement, run = end.delivery, end.settlement, end.run
+            if answer is None:
+                self.handled += not isinstance(settlement, Release)
+            elif not delivery.lost:
+                _log.warning("job %s: %s", delivery.message.id, answer, extra=about(delivery, self.name))
             if self._listeners:
-                seconds = 0.0 if run is None else time.monotonic() - run.started
-                name = "" if run is None else run.envelope.schema_name
                 event = JobSettled(
                     delivery.queue,
                     delivery.message.id,
-                    name,
+                    "" if run is None else run.envelope.schema_name,
                     delivery.attempt,
                     settlement,
                     answer is None,
                     _status(settlement),
-                    seconds,
+                    0.0 if run is None else time.monotonic() - run.started,
                 )
                 await told(self._listeners, event)
 
     # --- the end
 
     async def _wind_up(self, receiver: Receiver) -> None:
-        """Cancel what still runs, give it its grace, release what does not end, settle all: the shutdown's one duty."""
-        tasks = {run.task for run in self._runs.values() if run.task is not None and not run.ended}
-        for run in list(self._runs.values()):
-            if not run.ended:
-                self._cancel(run, "stop")
-        if tasks:
-            await asyncio.wait(tasks, timeout=self._grace)
-        for run in list(self._runs.values()):
-            if not run.settled:
-                self._settle(run, None)
-        if self._finished:
-            finished, self._finished = self._finished, []
-            with suppress(TimeoutError, BackendUnavailable):
+        """End what runs and settle what ended: the one duty that a shutdown may not interrupt, so it has a bound."""
+        try:
+            await self._runs.wind_up()
+        finally:
+            last = asyncio.get_running_loop().create_task(self._settle_last(receiver))
+            cancelled: asyncio.CancelledError | None = None
+            while not last.done():
+                try:
+                    await asyncio.wait({last})
+                except asyncio.CancelledError as error:
+                    cancelled = error
+            if cancelled is not None:
+                raise cancelled
+            last.result()
+
+    async def _settle_last(self, receiver: Receiver) -> None:
+        finished, self._runs.finished = self._runs.finished, []
+        if finished:
+            with suppress(TimeoutError, BackendUnavailable, Closed):
                 async with asyncio.timeout(_SETTLE_TIMEOUT):
-                    exchanged = await receiver.exchange([(d, s) for d, s, _ in finished], 0)
+                    exchanged = await receiver.exchange([(f.delivery, f.settlement) for f in finished], 0)
                     await self._account(finished, exchanged.settled)
 
     async def _embed(self) -> None:
@@ -614,56 +400,32 @@ class Worker:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stopping is None:
-            logger.info("worker %s: %s, draining", self.name, number.name)
+            _log.info("worker %s: %s, draining", self.name, number.name)
             self.stop()
         elif not self._cancelling:
-            logger.info("worker %s: %s again, cancelling", self.name, number.name)
+            _log.info("worker %s: %s again, cancelling", self.name, number.name)
             self.stop(now=True)
         else:
             asyncio.get_running_loop().remove_signal_handler(number)
             os.kill(os.getpid(), number)
 
-    # --- the start
+    def _nudge(self) -> None:
+        if self._receiver is not None:
+            self._receiver.nudge()
 
-    async def _take_posts(self) -> None:
-        self._posts = {}
-        taken: set[str] = set()
-        for consumer in self._consumers:
-            post = await self._post_of(consumer)
-            kind = consumer.job_type_name
-            if kind in taken:
-                raise ConfigError(f"two consumers for {kind!r} in one worker")
-            taken.add(kind)
-            self._posts.setdefault(post.queue, []).append(post)
-        for queue, posts in self._posts.items():
-            posts.sort(key=lambda post: post.schema is None)  # one without a schema takes what the others do not know
-            if sum(post.schema is None for post in posts) > 1:
-                raise ConfigError(f"two consumers without a schema for the queue {queue!r}")
+    def _stop_for(self, error: BaseException) -> None:
+        if self._fatal is None:
+            self._fatal = error
+        self.stop(now=isinstance(error, KeyboardInterrupt))
 
-    async def _post_of(self, consumer: AnyConsumer[Any, Any]) -> _Post:
-        kind = type(consumer).__name__
-        if consumer.calls.method is None:
-            raise ConfigError(f"{kind} has neither run nor handle: write one of them")
-        if not consumer.job_type_name:
-            raise ConfigError(f"{kind} has no name: {kind}('name of the schema or queue')")
-        schema = self.orchestrator.schemas.get(consumer.job_type_name)
-        own = consumer.schema()
-        if schema is None and own is not None:
-            await self.orchestrator.register(own)
-            schema = own
-        if schema is not None and own is not None and own.input is not schema.input:
-            raise ConfigError(f"{kind} takes {own.input.__name__}, the schema {schema.name!r} {schema.input.__name__}")
-        queue = consumer.job_type_name if schema is None else schema.queue
-        await self.orchestrator.backend.declare(QueueSpec(queue), attach=True)
-        retry = schema.retry if schema is not None and schema.retry is not None else type(consumer).retry
-        policy = self._policy if retry is None else RetryPolicy.of(retry)
-        timeout = schema.timeout if schema is not None and schema.timeout is not None else consumer.class_timeout()
-        return _Post(consumer, queue, schema, policy, timeout)
+    def _is_ending(self) -> bool:
+        # A loop that is shutting down cancels us all at once, without a word to the worker.
+        return self._main is not None and self._main.cancelling() > 0
 
     def _log_start(self) -> None:
-        timeout = "no timeout" if self._timeout is None else f"timeout {self._timeout:g} s"
-        queues = ", ".join(self._posts)
-        logger.info("worker %s: queues %s, concurrency %d, %s", self.name, queues, self.concurrency, timeout)
+        timeout = "no timeout" if self._timeout == math.inf else f"timeout {self._timeout:g} s"
+        queues = ", ".join(self._routes.queues)
+        _log.info("worker %s: queues %s, concurrency %d, %s", self.name, queues, self.concurrency, timeout)
 
 
 def _status(settlement: Settlement) -> ExecutionStatus:
@@ -674,3 +436,7 @@ def _status(settlement: Settlement) -> ExecutionStatus:
             return ExecutionStatus.FAILED
         case _:
             return ExecutionStatus.QUEUED
+
+
+def _is_suspect(delivery: Delivery) -> bool:
+    return delivery.crashes >= SUSPECT_CRASHES

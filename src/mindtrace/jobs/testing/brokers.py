@@ -94,7 +94,7 @@ class Broker:
         self.url: Final = url
         self.version: Final = version
         self.source: Final = source
-        self.directory: Final = server.directory if server else None
+        self.directory: Final[Path | None] = server.directory if server else None
         self._server = server
         self._release = release or (server.close if server else None)
         self._owner = os.getpid()

@@ -93,8 +93,8 @@ class Server:
         self._ports = _free_ports(make.ports)
         self._epmd = self._ports.pop() if make.ports > 1 else None  # in no group of ours, and it outlives a restart
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = make.url.format(host="127.0.0.1", port=self._ports[0])
-        self.directory = Path(tempfile.mkdtemp(prefix=f"mtj-{make.kind}-"))
+        self.url: str = make.url.format(host="127.0.0.1", port=self._ports[0])
+        self.directory: Path = Path(tempfile.mkdtemp(prefix=f"mtj-{make.kind}-"))
         self._log = self.directory / "server.log"
         ports = [*self._ports, self._epmd] if self._epmd else self._ports
         with ExitStack() as undo:

@@ -1,0 +1,325 @@
+"""The runs of a worker: each begins with a delivery and ends in one settlement, whatever the user's code does."""
+
+import asyncio
+import contextvars
+import inspect
+import logging
+import math
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from random import Random
+from typing import Any, Literal
+
+from mindtrace.jobs.consumer import CurrentJob, enter_job
+from mindtrace.jobs.delivery import Dead, Delivery, Done, Release, Retry, Settlement
+from mindtrace.jobs.errors import JobSignal, Refused, RunAborted, RunTimeout
+from mindtrace.jobs.events import JobStarted, Listener, told
+from mindtrace.jobs.policy import settlement_for
+from mindtrace.jobs.retry import RetryPolicy
+from mindtrace.jobs.routes import Route
+from mindtrace.jobs.threads import BlockingRuns, Outcome
+from mindtrace.jobs.wire import Envelope
+
+_log = logging.getLogger(__name__)
+
+
+class Run:
+    """One delivery being run.
+
+    Attributes:
+        delivery: what is run.
+        route: by whom.
+        envelope: what the delivery says.
+        job: what `current_job()` gives.
+        started: on the monotonic clock.
+        begun: its task has had its first step.
+        settled: its settlement is decided; what the run does from now on changes nothing.
+        ended: the user's code has returned, or is a thread that nobody waits for any more.
+    """
+
+    __slots__ = (
+        "begun", "cause", "delivery", "ended", "envelope", "job", "route",
+        "settled", "started", "stuck", "task", "thread", "timeout", "timer",
+    )  # fmt: skip
+
+    def __init__(self, delivery: Delivery, route: Route, envelope: Envelope) -> None:
+        self.delivery: Delivery = delivery
+        self.route: Route = route
+        self.envelope: Envelope = envelope
+        self.job: CurrentJob = CurrentJob(envelope.id, delivery.attempt, delivery.number, envelope.headers)
+        self.started: float = time.monotonic()
+        self.timeout: float = route.timeout_for(envelope)
+        self.task: asyncio.Task[None] | None = None
+        self.thread: asyncio.Future[Outcome] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.cause: Literal["timeout", "stop", "lost"] | None = None
+        self.begun: bool = False
+        self.settled: bool = False
+        self.ended: bool = False
+        self.stuck: bool = False
+
+    async def perform(self, threads: BlockingRuns) -> Done:
+        """Call the user's method with a checked input, and check what it returns. Raises whatever went wrong."""
+        route = self.route
+        data = route.input_for(self.envelope, self.delivery.attempt)
+        enter_job(self.job)
+        if route.consumer.calls.is_async:
+            returned = await route.call(data)
+        else:
+            context = contextvars.copy_context()
+            self.thread = threads.start(lambda: context.run(route.call, data))
+            outcome = await asyncio.shield(self.thread)  # a thread cannot be cancelled: the slot waits for it
+            if outcome.error is not None:
+                raise outcome.error
+            returned = outcome.value
+            if inspect.isawaitable(returned):  # a coroutine function in disguise: not awaited, it would never run
+                returned = await returned
+        route.check_output(self.envelope, returned)
+        return Done()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A settlement that is decided and not yet written. `run` is None where the delivery was not run."""
+
+    delivery: Delivery
+    settlement: Settlement
+    run: Run | None = None
+
+
+class Runs:
+    """Those in flight, and the settlements of those that ended.
+
+    Args:
+        worker: its name, for the records of errors.
+        threads: where blocking code runs.
+        grace: seconds that a cancelled run has to clean up.
+        policy: of a delivery that cannot be read.
+        random: the source of the jitter.
+        listeners: told of each start.
+        nudge: called when there is something to settle or a slot is free.
+        stop_for: called with a `KeyboardInterrupt`, a `SystemExit` and the like that a run raised.
+        ending: whether the loop is ending everything, the worker included.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        threads: BlockingRuns,
+        grace: float,
+        policy: RetryPolicy,
+        random: Random,
+        listeners: Sequence[Listener],
+        nudge: Callable[[], None],
+        stop_for: Callable[[BaseException], None],
+        ending: Callable[[], bool],
+    ) -> None:
+        self.finished: list[Finished] = []
+        self.released: int = 0
+        self.stuck: int = 0
+        self._worker, self._threads, self._grace = worker, threads, grace
+        self._policy, self._random, self._listeners = policy, random, listeners
+        self._nudge, self._stop_for, self._ending = nudge, stop_for, ending
+        self._runs: dict[Delivery, Run] = {}
+
+    def __len__(self) -> int:
+        """How many slots are taken."""
+        return len(self._runs)
+
+    def any(self, condition: Callable[[Delivery], bool]) -> bool:
+        """Whether one in flight is such a delivery."""
+        return any(condition(delivery) for delivery in self._runs)
+
+    def start(self, run: Run) -> None:
+        """Run it, in a task of its own."""
+        self._runs[run.delivery] = run
+        run.task = asyncio.get_running_loop().create_task(self._handle(run))
+
+    def refuse(self, delivery: Delivery, error: Exception) -> None:
+        """Settle a delivery that is not run."""
+        _log.warning("job %s is not run: %s", delivery.message.id, error, extra=about(delivery, self._worker))
+        settlement = settlement_for(delivery, error, self._policy, self._random)
+        self._finish(Finished(delivery, self._stamped(settlement, None)))
+
+    def lose(self, delivery: Delivery) -> None:
+        """Its lease is gone: cancel the run, drop its result."""
+        run = self._runs.get(delivery)
+        if run is None or run.settled:
+            return
+        _log.warning("job %s: lease lost, result dropped", delivery.message.id, extra=about(delivery, self._worker))
+        run.job.lease_lost = run.settled = True
+        self._cancel(run, "lost")
+
+    async def wind_up(self) -> None:
+        """Cancel what still runs, give it its grace, and hand back what has not ended by then."""
+        for run in list(self._runs.values()):
+            self._cancel(run, "stop")
+        tasks = [run.task for run in self._runs.values() if run.task is not None and not run.ended]
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=self._grace)
+        finally:
+            for run in list(self._runs.values()):
+                if not run.settled:
+                    self._settle(run, None)
+                if run.task is not None:
+                    run.task.cancel()  # one that waits for a thread ends here; the thread cannot be stopped
+
+    # --- one run
+
+    async def _handle(self, run: Run) -> None:
+        run.begun = True
+        end: Done | Exception | None = None
+        try:
+            if self._listeners:
+                delivery, envelope = run.delivery, run.envelope
+                event = JobStarted(delivery.queue, envelope.id, envelope.schema_name, delivery.attempt)
+                await told(self._listeners, event)
+            if run.timeout != math.inf:
+                run.job.deadline = time.monotonic() + run.timeout
+                run.timer = asyncio.get_running_loop().call_later(run.timeout, self._time_is_over, run)
+            end = await run.perform(self._threads)
+        except asyncio.CancelledError as error:
+            end = self._cancelled(run, error)
+        except KeyboardInterrupt as error:
+            self._stop_for(error)
+        except (Refused, JobSignal) as error:
+            end = error
+        except Exception as error:  # user code
+            if run.cause is None:
+                end = error
+            elif run.cause == "timeout":
+                end = RunTimeout(run.timeout)
+        except BaseException as error:  # user code: SystemExit must not stop the loop under everyone
+            end = RunAborted(f"the run raised {type(error).__name__}")
+            end.__cause__ = error
+            self._stop_for(error)
+        finally:
+            run.ended = True
+            if run.timer is not None:
+                run.timer.cancel()
+            if run.thread is None or run.thread.done():
+                self._free(run)
+            else:
+                run.thread.add_done_callback(lambda _: self._free(run))  # a thread keeps its slot until it returns
+            if not run.settled:
+                self._settle(run, end)
+            elif run.route.consumer.ack == "early" and isinstance(end, Exception):
+                self._log_end(run, end, Done())
+
+    def _time_is_over(self, run: Run) -> None:
+        run.cause, run.job.cancelled = "timeout", True
+        if run.thread is not None:
+            self._abandon(run)
+        elif run.task is not None:
+            run.task.cancel()
+            run.timer = asyncio.get_running_loop().call_later(self._grace, self._abandon, run)
+
+    def _abandon(self, run: Run) -> None:
+        """Settle a run that has not ended: its slot stays taken until it does."""
+        if run.ended:
+            return
+        job_id, extra = run.envelope.id, about(run.delivery, self._worker, run.envelope.schema_name)
+        _log.error("job %s does not end though its time is over; its slot stays taken", job_id, extra=extra)
+        run.stuck = True
+        self.stuck += 1
+        if not run.settled:
+            self._settle(run, RunTimeout(run.timeout))
+
+    def _cancel(self, run: Run, cause: Literal["stop", "lost"]) -> None:
+        if run.ended:
+            return
+        run.cause, run.job.cancelled = run.cause or cause, True
+        if run.thread is not None or run.task is None:
+            return  # a thread has been told by the flag, and keeps its slot until it returns
+        run.task.cancel()
+        if not run.begun:  # then its coroutine never will, and nobody else gives its slot back
+            run.ended = True
+            if not run.settled:
+                self._settle(run, None)
+            self._free(run)
+
+    def _cancelled(self, run: Run, error: asyncio.CancelledError) -> Exception | None:
+        """What a cancelled run ended with; None where it was we who asked, so that it counts as no attempt."""
+        if run.cause == "timeout":
+            return RunTimeout(run.timeout)
+        if run.cause is not None or self._ending():
+            return None
+        end = RunAborted("the run cancelled itself")
+        end.__cause__ = error
+        return end
+
+    # --- how it ends
+
+    def _settle(self, run: Run, end: Done | Exception | None) -> None:
+        """Decide, once. None hands the job back."""
+        run.settled = True
+        if end is None:
+            self.released += 1
+            settlement: Settlement = Release()
+        else:
+            settlement = settlement_for(run.delivery, end, run.route.policy_for(run.envelope), self._random)
+            if isinstance(end, Exception):
+                self._log_end(run, end, settlement)
+        self._finish(Finished(run.delivery, self._stamped(settlement, run), run))
+
+    def _log_end(self, run: Run, end: Exception, settlement: Settlement) -> None:
+        """Type and place of a failure; never its text, which may hold payload."""
+        level, then = _outlook(settlement)
+        if _log.isEnabledFor(level):
+            frames = traceback.extract_tb(end.__traceback__, limit=-1)
+            place = f" in {frames[0].name}, {frames[0].filename}:{frames[0].lineno}" if frames else ""
+            job_id, attempt = run.envelope.id, run.delivery.attempt
+            extra = about(run.delivery, self._worker, run.envelope.schema_name)
+            _log.log(
+                level, "job %s, attempt %d: %s%s; %s", job_id, attempt, type(end).__name__, place, then, extra=extra
+            )
+
+    def _finish(self, finished: Finished) -> None:
+        self.finished.append(finished)
+        self._nudge()
+
+    def _free(self, run: Run) -> None:
+        if self._runs.pop(run.delivery, None) is not None:
+            self.stuck -= run.stuck
+            self._nudge()
+
+    def _stamped(self, settlement: Settlement, run: Run | None) -> Settlement:
+        """With the time and the worker written into its error."""
+        if not isinstance(settlement, Retry | Dead) or settlement.error is None:
+            return settlement
+        now = datetime.now(UTC)
+        started = None if run is None else datetime.fromtimestamp(now.timestamp() - time.monotonic() + run.started, UTC)
+        return replace(
+            settlement, error=replace(settlement.error, started_at=started, ended_at=now, worker=self._worker)
+        )
+
+
+def _outlook(settlement: Settlement) -> tuple[int, str]:
+    """How loud to say that a run failed, and what becomes of the job."""
+    match settlement:
+        case Dead():
+            return logging.ERROR, f"dead ({settlement.reason})"
+        case Retry():
+            return logging.WARNING, f"runs again in {settlement.delay:.1f} s"
+        case Release():
+            return logging.INFO, f"put off for {settlement.delay:.1f} s"
+        case Done(discarded=None):
+            return logging.ERROR, "lost, as ack='early' has it"
+        case Done():
+            return logging.INFO, "discarded"
+
+
+def about(delivery: Delivery, worker: str, schema: str = "") -> dict[str, Any]:
+    """The fields that a log record about a job carries."""
+    return {
+        "job_id": delivery.message.id,
+        "queue": delivery.queue,
+        "schema": schema,
+        "attempt": delivery.attempt,
+        "worker": worker,
+    }
