@@ -1,37 +1,25 @@
 """The blocking face: the same calls, run on one background loop per process and waited for."""
 
 import asyncio
-import atexit
-import logging
 import os
-import threading
-import warnings
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack
 from enum import StrEnum
 from functools import wraps
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
-
-from mindtrace.jobs.backend import Backend, QueueSpec
+from mindtrace.jobs.backend import QueueSpec
+from mindtrace.jobs.backends.local import LocalBackend
+from mindtrace.jobs.background import background
 from mindtrace.jobs.consumer import AnyConsumer
 from mindtrace.jobs.dead_letters import AsyncDeadLetters
-from mindtrace.jobs.errors import ConfigError, WouldDeadlock
+from mindtrace.jobs.errors import ConfigError
 from mindtrace.jobs.job import In, JobSchema, Out
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.threads import CallerThread
 from mindtrace.jobs.worker import Worker
 
-_log = logging.getLogger(__name__)
-
 P = ParamSpec("P")
 R = TypeVar("R")
-Face = TypeVar("Face", bound="_Face")
-Twin = TypeVar("Twin")
-
-_EXIT_TIMEOUT = 2.0
 
 
 class BackendType(StrEnum):
@@ -40,106 +28,13 @@ class BackendType(StrEnum):
     LOCAL = "local"
 
 
-class _Background:
-    """The background loop of this process: started when first needed, anew in a forked child, closed at exit."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._portal: BlockingPortal | None = None
-        self._exit = ExitStack()
-        self._thread: int | None = None
-        self._backends: list[Backend] = []
-        self._warned = False
-
-    def portal(self) -> BlockingPortal:
-        """The portal to the loop."""
-        portal = self._portal
-        if portal is None:
-            with self._lock:
-                portal = self._portal
-                if portal is None:
-                    portal = self._exit.enter_context(start_blocking_portal(name="mindtrace-jobs"))
-                    self._thread = portal.call(threading.get_ident)
-                    self._portal = portal
-        return portal
-
-    def call(self, function: Callable[[], Coroutine[Any, Any, R]]) -> R:
-        """Run a coroutine on the loop and wait for it.
-
-        Raises:
-            WouldDeadlock: called from the loop itself.
-        """
-        portal = self.portal()
-        if threading.get_ident() == self._thread:
-            raise WouldDeadlock(
-                "a blocking call on the background loop would wait for itself: await the async API there"
-            )
-        self._warn_of_a_running_loop()
-        result: R = portal.call(function)
-        return result
-
-    def start(self, function: Callable[[], Coroutine[Any, Any, R]]) -> "Future[R]":
-        """Run a coroutine on the loop."""
-        return self.portal().start_task_soon(function)
-
-    def remember(self, backend: Backend) -> None:
-        """Close it at exit."""
-        self._backends.append(backend)
-
-    def close(self) -> None:
-        """Close what is open, within 2 s; what is unsettled by then is for the leases."""
-        if self._portal is None or threading.get_ident() == self._thread:
-            return
-        portal, self._portal = self._portal, None
-        try:
-            portal.call(self._close_all)
-            self._exit.close()
-        except RuntimeError as error:
-            _log.warning("the background loop was not closed in order: %s", error)
-
-    def forget(self) -> None:
-        """In a forked child: the parent's loop may say that it runs and never does."""
-        self._lock, self._exit = threading.Lock(), ExitStack()
-        self._portal = self._thread = None
-        self._backends = []
-
-    async def _close_all(self) -> None:
-        try:
-            async with asyncio.timeout(_EXIT_TIMEOUT):
-                for backend in self._backends:
-                    await backend.aclose()
-        except TimeoutError:
-            _log.warning("closing at exit took longer than %g s; what is unsettled is for the leases", _EXIT_TIMEOUT)
-
-    def _warn_of_a_running_loop(self) -> None:
-        if self._warned or asyncio._get_running_loop() is None:
-            return
-        self._warned = True
-        warnings.warn(
-            "a blocking call inside a running event loop, which stands still meanwhile: await AsyncOrchestrator there",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-
-
-_background = _Background()
-atexit.register(lambda: _background.close())
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _background.forget())
-
-
 class _Face:
-    """What blocking classes share: `twin` is their async counterpart, `portal` runs its coroutines."""
+    """What blocking classes share: `twin` is their async counterpart."""
 
     @property
     def twin(self) -> Any:
         """The async counterpart."""
         raise AttributeError
-
-    @property
-    def portal(self) -> _Background:
-        """Runs coroutines on the background loop."""
-        return _background
 
 
 def blocking(
@@ -148,10 +43,9 @@ def blocking(
     """`method`, run on the background loop and waited for."""
 
     @wraps(method)
-    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def call(self: _Face, /, *args: P.args, **kwargs: P.kwargs) -> R:
         twin = self.twin
-        result: R = self.portal.call(lambda: method(twin, *args, **kwargs))
-        return result
+        return background.call(lambda: method(twin, *args, **kwargs))
 
     return call
 
@@ -162,19 +56,15 @@ class LocalClient:
     backend_type: Final = BackendType.LOCAL
 
     def __init__(self) -> None:
-        self._pid = -1
-        self._backend: Backend | None = None
-        self._specs: dict[str, QueueSpec] = {}
-        self._lock = threading.Lock()
+        self._backend = LocalBackend()
+        self._pid = os.getpid()
+        self._is_open = False
 
     @property
-    def backend(self) -> Backend:
+    def backend(self) -> LocalBackend:
         """The async backend, opened on the background loop."""
-        if self._backend is None or self._pid != os.getpid():
-            with self._lock:
-                if self._backend is None or self._pid != os.getpid():
-                    self._open()
-        assert self._backend is not None  # noqa: S101 (opened above)
+        if not self._is_open or self._pid != os.getpid():
+            background.call(self._open)
         return self._backend
 
     def declare_queue(
@@ -199,28 +89,22 @@ class LocalClient:
         kind = queue_type or ("fifo" if max_priority is None else "priority")
         spec = QueueSpec(queue_name, kind, max_priority, max_length)
         backend = self.backend
-        _background.call(lambda: backend.declare(spec))
-        self._specs[queue_name] = spec
+        background.call(lambda: backend.declare(spec))
 
     def close(self) -> None:
-        """Close the backend; the next call opens it again."""
-        if self._backend is not None and self._pid == os.getpid():
-            backend, self._backend = self._backend, None
-            _background.call(backend.aclose)
+        """Close the backend; the next call opens it again, with the jobs it has."""
+        if self._is_open and self._pid == os.getpid():
+            self._is_open = False
+            background.call(self._backend.aclose)
 
-    def _open(self) -> None:
-        from mindtrace.jobs.backends.local import LocalBackend
-
-        backend = LocalBackend()
-
-        async def begin() -> None:
-            await backend.open()
-            for spec in self._specs.values():
-                await backend.declare(spec)
-
-        _background.call(begin)
-        _background.remember(backend)
-        self._backend, self._pid = backend, os.getpid()
+    async def _open(self) -> None:
+        # On the background loop, and so never twice at once, without a lock that a fork could leave locked.
+        if self._pid != os.getpid():
+            self._backend, self._pid, self._is_open = self._backend.without_jobs(), os.getpid(), False
+        if not self._is_open:
+            await self._backend.open()
+            background.at_exit(self._backend.aclose)
+            self._is_open = True
 
 
 class DeadLetters(_Face):
@@ -261,7 +145,7 @@ class Orchestrator(_Face):
             fresh = AsyncOrchestrator(backend)
             if twin is not None:
                 schemas = list(twin.schemas.values())
-                _background.call(lambda: _register_all(fresh, schemas))
+                background.call(lambda: _register_all(fresh, schemas))
             self._twin = twin = fresh
         return twin
 
@@ -317,38 +201,60 @@ class ConsumerBackendBase:
             raise ConfigError("no consumer: use consumer.connect(orchestrator)")
         if num_messages is not None and num_messages < 1:
             return 0
-        twin, consumer, caller = self.orchestrator.twin, self.consumer, CallerThread()
-        worker: Worker | None = None
-
-        async def drive() -> tuple[int, BaseException | None]:
-            nonlocal worker
-            worker = Worker(twin, [consumer], concurrency=1, timeout=None, max_jobs=num_messages, threads=caller)
-            try:
-                await worker.work()
-            except BaseException as error:  # told to the calling thread: raised here it would stop the loop
-                return worker.handled, error
-            finally:
-                caller.close()
-            return worker.handled, None
-
-        async def stop() -> None:
-            if worker is not None:
-                worker.stop(now=True)
-
-        _background.portal()
-        running = _background.start(drive)
+        consuming = _Consuming(self.orchestrator.twin, self.consumer, num_messages)
         try:
-            caller.serve()
+            running = background.start(consuming.drive)
+            consuming.caller.serve()
+            handled, error = running.result()
         except KeyboardInterrupt:
-            caller.interrupt()
-            _background.start(stop)
-            caller.serve()
-            running.result()
+            consuming.caller.interrupt()
+            background.start(consuming.stop).result()
             raise
-        handled, error = running.result()
         if error is not None:
             raise error
         return handled
+
+
+class _Consuming:
+    """One call of `consume`: a worker on the background loop, whose runs happen in the thread that called."""
+
+    def __init__(self, twin: AsyncOrchestrator, consumer: AnyConsumer[Any, Any], num_messages: int | None) -> None:
+        self.caller = CallerThread()
+        self._twin, self._consumer, self._num_messages = twin, consumer, num_messages
+        self._worker: Worker | None = None
+        self._ended: asyncio.Event | None = None
+
+    async def drive(self) -> tuple[int, BaseException | None]:
+        """Work until there is nothing more to do. Gives what is to be returned, and what is to be raised instead."""
+        self._ended = asyncio.Event()
+        background.at_exit(self.stop)
+        try:
+            self._worker = Worker(
+                self._twin,
+                [self._consumer],
+                concurrency=1,
+                timeout=None,
+                max_jobs=self._num_messages,
+                threads=self.caller,
+            )
+            await self._worker.work()
+        except asyncio.CancelledError:  # the process ends, and has no more time for us
+            return self._worker.handled if self._worker else 0, None
+        except BaseException as error:  # told to the calling thread: raised here it would stop the loop
+            return self._worker.handled if self._worker else 0, error
+        else:
+            return self._worker.handled, None
+        finally:
+            background.not_at_exit(self.stop)
+            self._ended.set()
+            self.caller.close()
+
+    async def stop(self) -> None:
+        """Release what runs and end; at once, if `drive` was interrupted before it began."""
+        if self._ended is not None:
+            if self._worker is not None:
+                self._worker.stop(now=True)
+            await self._ended.wait()
 
 
 class LocalConsumerBackend(ConsumerBackendBase):
@@ -382,7 +288,7 @@ class Consumer(AnyConsumer[In, Out]):
         if schema is not None:
             self.consumer_backend = orchestrator.create_consumer_backend_for_schema(schema)
         else:
-            _background.call(lambda: twin.backend.declare(QueueSpec(self.job_type_name), attach=True))
+            background.call(lambda: twin.backend.declare(QueueSpec(self.job_type_name), attach=True))
             self.consumer_backend = LocalConsumerBackend(self.job_type_name, orchestrator)
         self.consumer_backend.consumer = self
 

@@ -17,7 +17,7 @@ class Outcome:
     error: BaseException | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Call:
     function: Callable[[], Any]
     loop: asyncio.AbstractEventLoop
@@ -86,17 +86,23 @@ class ThreadPool:
 
 
 class CallerThread:
-    """The thread that calls `serve()`, until `close()`."""
+    """The thread that calls `serve()`, until `close()`. Ctrl-C may hit it at any line: no call is left unanswered."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._open: set[_Call] = set()
         self._interrupted = False
 
     def start(self, function: Callable[[], Any]) -> "asyncio.Future[Outcome]":
         """Have it run in the serving thread."""
         loop = asyncio.get_running_loop()
         call = _Call(function, loop, loop.create_future())
-        self._calls.put(call)
+        self._open.add(call)
+        call.future.add_done_callback(lambda _: self._open.discard(call))
+        if self._interrupted:  # looked at after the call is entered: `interrupt` does it the other way round
+            call.answer(Outcome(error=KeyboardInterrupt()))
+        else:
+            self._calls.put(call)
         return call.future
 
     def close(self) -> None:
@@ -107,19 +113,14 @@ class CallerThread:
         """Run calls, one at a time, until closed.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C, whether it met a run or the wait for one; the run's caller has been told.
+            KeyboardInterrupt: Ctrl-C, whether it met a run or the wait for one.
         """
-        while True:
-            call = self._calls.get()
-            if call is None:
-                return
-            if self._interrupted:
-                call.answer(Outcome(error=KeyboardInterrupt()))
-                continue
+        while (call := self._calls.get()) is not None:
             if isinstance(call.execute().error, KeyboardInterrupt):
-                self._interrupted = True
                 raise KeyboardInterrupt
 
     def interrupt(self) -> None:
-        """From now on calls are answered, not run."""
+        """From now on nothing is run: all calls, those that were taken included, end with a `KeyboardInterrupt`."""
         self._interrupted = True
+        for call in list(self._open):
+            call.answer(Outcome(error=KeyboardInterrupt()))

@@ -65,6 +65,12 @@ class LocalBackend(Backend):
         for receiver in list(self._receivers):
             await receiver.end()
 
+    def without_jobs(self) -> "LocalBackend":
+        """Another one with the same queues and no jobs, for a forked process: those here are its parent's to run."""
+        other = LocalBackend(clock=self.clock)
+        other._queues = {name: Queue(queue.spec, self.clock) for name, queue in self._queues.items()}
+        return other
+
     async def declare(self, spec: QueueSpec, *, attach: bool = False) -> None:
         """Make the queue if there is none."""
         self._home.check()

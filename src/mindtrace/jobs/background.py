@@ -1,0 +1,129 @@
+"""The background loop of the blocking face: one per process, started when first needed, closed at exit."""
+
+import asyncio
+import atexit
+import inspect
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import anyio
+from anyio.from_thread import BlockingPortal
+
+from mindtrace.jobs.errors import WouldDeadlock
+
+_log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+_EXIT_TIMEOUT = 2.0
+
+
+class Background:
+    """A loop in a daemon thread, and what has to be closed with it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._portal: BlockingPortal | None = None
+        self._thread: threading.Thread | None = None
+        self._closing: list[Callable[[], Awaitable[None]]] = []
+        self._warned = False
+
+    def call(self, function: Callable[[], Coroutine[Any, Any, R]]) -> R:
+        """Run a coroutine on the loop and wait for it.
+
+        Raises:
+            WouldDeadlock: called from the loop itself.
+        """
+        result: R = self._portal_for_caller().call(function)
+        return result
+
+    def start(self, function: Callable[[], Coroutine[Any, Any, R]]) -> "Future[R]":
+        """Run a coroutine on the loop; the caller is going to wait for it. Raises as `call`."""
+        return self._portal_for_caller().start_task_soon(function)
+
+    def at_exit(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Have `close` called on the loop before the process ends; the last one first."""
+        self._closing.append(close)
+
+    def not_at_exit(self, close: Callable[[], Awaitable[None]]) -> None:
+        """It is closed already."""
+        if close in self._closing:  # not in a forked child
+            self._closing.remove(close)
+
+    def close(self) -> None:
+        """Close what is open and end the loop, within 2 s; what is unsettled by then is for the leases."""
+        portal, self._portal = self._portal, None
+        thread = self._thread
+        if portal is None or thread is None or threading.current_thread() is thread:
+            return
+        until = time.monotonic() + _EXIT_TIMEOUT
+        with suppress(RuntimeError):  # the loop has ended already
+            try:
+                portal.start_task_soon(self._close_all).result(_EXIT_TIMEOUT)
+            except TimeoutError:
+                _log.warning(
+                    "closing at exit took longer than %g s: what is unsettled is for the leases", _EXIT_TIMEOUT
+                )
+            portal.start_task_soon(partial(portal.stop, cancel_remaining=True))
+        thread.join(max(0.0, until - time.monotonic()))
+
+    def forget(self) -> None:
+        """In a forked child: the parent's loop may say that it runs, and never does."""
+        self._lock, self._portal, self._thread = threading.Lock(), None, None
+        self._closing, self._warned = [], False
+
+    def _portal_for_caller(self) -> BlockingPortal:
+        portal = self._portal or self._started()
+        if threading.current_thread() is self._thread:
+            raise WouldDeadlock("a blocking call on the background loop would wait for itself: await the async API")
+        if not self._warned and asyncio._get_running_loop() is not None:
+            self._warned = True
+            warnings.warn(
+                "a blocking call in a running event loop, which stands still meanwhile: await AsyncOrchestrator there",
+                RuntimeWarning,
+                stacklevel=_frames_of_ours(),
+            )
+        return portal
+
+    def _started(self) -> BlockingPortal:
+        with self._lock:
+            if self._portal is None:
+                found: Future[BlockingPortal] = Future()
+                self._thread = threading.Thread(
+                    target=anyio.run, args=(_serve, found), name="mindtrace-jobs", daemon=True
+                )
+                self._thread.start()
+                self._portal = found.result()
+            return self._portal
+
+    async def _close_all(self) -> None:
+        for close in self._closing[::-1]:
+            await close()
+
+
+def _frames_of_ours() -> int:
+    """How far up the stack the user's own line is."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("mindtrace.jobs."):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+async def _serve(found: "Future[BlockingPortal]") -> None:
+    async with BlockingPortal() as portal:
+        found.set_result(portal)
+        await portal.sleep_until_stopped()
+
+
+background = Background()
+atexit.register(background.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=background.forget)
