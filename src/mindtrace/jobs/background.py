@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import anyio
 from anyio.from_thread import BlockingPortal
@@ -123,7 +123,7 @@ async def _serve(found: "Future[BlockingPortal]") -> None:
         await portal.sleep_until_stopped()
 
 
-background = Background()
+background: Final = Background()
 atexit.register(background.close)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=background.forget)

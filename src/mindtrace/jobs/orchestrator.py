@@ -15,7 +15,6 @@ from mindtrace.jobs.errors import (
     ConfigError,
     InputInvalid,
     JobsError,
-    LeaseLost,
     NotSupported,
     PublishIncomplete,
     Refused,
@@ -251,8 +250,6 @@ class AsyncOrchestrator:
                 delivery = deliveries[0]
                 settlement, taken = self._taken(delivery)
                 [settled] = await receiver.settle([(delivery, settlement)])
-                if settled is not None and not isinstance(settled, LeaseLost):
-                    raise settled
                 if taken is not None and settled is None:
                     return taken
         return None

@@ -197,14 +197,13 @@ class Worker:
         ready = self._group.create_task(self._ready.wait())
         try:
             await asyncio.wait({self._embedded, ready}, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError as cancelled:
-            await self._group.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+        except asyncio.CancelledError as cancelled:  # by the caller, or by the group since the start failed
+            try:
+                await self._group.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+            except BaseExceptionGroup as group:
+                raise self._embedded.exception() or group from None
             raise
         ready.cancel()
-        if self._embedded.done() and (error := self._embedded.exception()) is not None:
-            with suppress(BaseExceptionGroup):
-                await self._group.__aexit__(None, None, None)
-            raise error
         return self
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -281,10 +280,9 @@ class Worker:
             wait = _TURN if stopping is None else max(0.001, min(_TURN, stopping - time.monotonic()))
             if self._until_idle and not self._runs:
                 wait = 0.0
+            room = self._room()
             try:
-                exchanged = await receiver.exchange(
-                    [(f.delivery, f.settlement) for f in finished], self._room(), wait=wait
-                )
+                exchanged = await receiver.exchange([(f.delivery, f.settlement) for f in finished], room, wait=wait)
             except BackendUnavailable as error:
                 failures += 1
                 self._connected = False
@@ -300,8 +298,8 @@ class Worker:
                 raise QueueNotFound(exchanged.missing[0])
             if exchanged.deliveries:
                 await self._begin(receiver, exchanged.deliveries)
-            elif self._until_idle and stopping is None and not (finished or self._runs or self._runs.finished):
-                self.stop()
+            elif self._until_idle and room > 0 and not (stopping or finished or self._runs or self._runs.finished):
+                self.stop()  # there was room for a job, and there was none
 
     def _room(self) -> int:
         """How many more deliveries there is room for."""

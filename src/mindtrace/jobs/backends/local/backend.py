@@ -62,7 +62,10 @@ class LocalBackend(Backend):
             await self._end_receivers()
 
     async def _end_receivers(self) -> None:
-        for receiver in list(self._receivers):
+        receivers = list(self._receivers)
+        for receiver in receivers:
+            receiver.release()  # all of them before the first await: a cancelled close releases everything, too
+        for receiver in receivers:
             await receiver.end()
 
     def without_jobs(self) -> "LocalBackend":

@@ -4,7 +4,6 @@ import asyncio
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
 from mindtrace.jobs.backend import Home, Receiver
 from mindtrace.jobs.backends.local.clock import Clock
@@ -104,21 +103,27 @@ class LocalReceiver(Receiver):
             self._tell_lost(delivery)
 
     async def end(self) -> None:
+        """As `release`, and wait until nothing of it runs any more."""
+        self.release()
+        timer, self._timer = self._timer, None
+        if timer is not None and not self._loop.is_closed():
+            await asyncio.wait({timer})
+
+    def release(self) -> None:
         """Release what is held, and be of no more use."""
         self._ended = True
         while self.held:
             delivery, (queue, job) = self.held.popitem()  # the newest first: each goes to the front of its priority
             queue.settle(job, Release())
             self._tell_lost(delivery)
-        self.wake()
-        timer, self._timer = self._timer, None
-        if timer is not None and timer.cancel():
-            with suppress(asyncio.CancelledError):
-                await timer
+        if not self._loop.is_closed():
+            self.wake()
+            if self._timer is not None:
+                self._timer.cancel()
 
     def _tell_lost(self, delivery: Delivery) -> None:
         delivery.lost = True
-        if self._lost is not None:
+        if self._lost is not None and not self._loop.is_closed():
             self._loop.call_soon(self._lost, delivery)
 
     def _settle(self, delivery: Delivery, settlement: Settlement) -> Settled:
