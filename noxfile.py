@@ -238,9 +238,10 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
 
     @nox.session
     def bench(session: nox.Session) -> None:
-        """Measure how fast jobs go through; words after -- go to `mindtrace-jobs bench`."""
-        install(session, "-e", ".", *group("bench"), *group("test"))
+        """Measure, then compare with the hand-written loops; words after -- go to `mindtrace-jobs bench`."""
+        install(session, "-e", ".", *group("bench"))
         session.run("mindtrace-jobs", "bench", *session.posargs, interrupt_timeout=STOPPING)
+        session.run("python", "tests/bench/compare.py", interrupt_timeout=STOPPING)
 
     @nox.session
     def build(session: nox.Session) -> None:

@@ -1,5 +1,6 @@
 """The pytest plugin as its user meets it, and the promise of our own conftest: each test here is a run of pytest."""
 
+import ast
 import inspect
 import shutil
 import socket
@@ -196,6 +197,124 @@ def test_the_fixtures_are_synchronous_and_the_plugin_loads_no_client() -> None:
     script = f"import sys, {plugin.__name__}; print([m for m in ('redis', 'aio_pika', 'aiormq') if m in sys.modules])"
     told = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True, timeout=30)
     assert told.stdout.strip() == "[]"
+
+
+def test_the_plugin_loads_no_more_of_the_library_than_the_import_of_it() -> None:
+    ours = "sorted(name for name in sys.modules if name.startswith('mindtrace.jobs'))"
+    script = f"import sys, mindtrace.jobs; print({ours}); import {plugin.__name__}; print({ours})"
+    told = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True, timeout=30)
+    library, with_plugin = (set(ast.literal_eval(line)) for line in told.stdout.splitlines())
+    testing = {f"mindtrace.jobs.testing{part}" for part in ("", ".brokers", ".plugin", ".servers")}
+    assert with_plugin - library <= testing
+
+
+CONSUMER = """
+import asyncio
+import pytest
+from mindtrace.jobs import AsyncConsumer, Closed, Job
+
+JOB = Job(name="x", schema_name="x")
+
+class Echo(AsyncConsumer):
+    async def run(self, job_dict):
+        return {}
+"""
+
+
+def test_the_fixture_jobs_serves_the_coroutines_of_anyio_and_plain_functions(pytester: pytest.Pytester) -> None:
+    """And a fixture that is no coroutine can prepare it for either."""
+    pytester.makepyfile(
+        CONSUMER
+        + """
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+@pytest.fixture
+def jobs(jobs):
+    jobs.connect(Echo("echo"))
+    return jobs
+
+@pytest.fixture
+async def published(jobs):
+    return await jobs.publish("echo", JOB, delay=60)
+
+@pytest.mark.anyio
+async def test_coroutine(published, jobs):
+    assert published == JOB.id
+    assert await jobs.drain() == 0
+    jobs.clock.advance(60)
+    assert await jobs.drain() == 1
+
+def test_one_loop(jobs):
+    async def main():
+        await jobs.publish("echo", JOB)
+        assert await jobs.drain() == 1
+
+    asyncio.run(main())
+
+def test_several_loops(jobs):
+    asyncio.run(jobs.publish("echo", JOB))
+    assert asyncio.run(jobs.drain()) == 1
+
+def test_block(jobs):
+    async def main():
+        async with jobs:
+            await jobs.publish("echo", JOB)
+            assert await jobs.drain() == 1
+
+    asyncio.run(main())
+"""
+    )
+    run = pytester.runpytest_inprocess(*PLUGIN, "-p", "anyio.pytest_plugin", "-W", "error")
+    run.assert_outcomes(passed=4)
+
+
+def test_each_test_has_jobs_of_its_own_and_they_end_with_it(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        CONSUMER
+        + """
+earlier = []
+
+def test_first(jobs):
+    earlier.append(jobs)
+    jobs.connect(Echo("echo"))
+    asyncio.run(jobs.publish("echo", JOB))
+
+def test_second(jobs):
+    jobs.connect(Echo("echo"))
+    assert asyncio.run(jobs.drain()) == 0
+    with pytest.raises(Closed, match="is over"):
+        asyncio.run(earlier[0].publish("echo", JOB))
+"""
+    )
+    pytester.runpytest_inprocess(*PLUGIN).assert_outcomes(passed=2)
+
+
+def test_a_job_that_fails_is_shown_where_it_failed_and_without_our_frames(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        CONSUMER
+        + """
+class Broken(AsyncConsumer):
+    async def run(self, job_dict):
+        assert job_dict["name"] == "y"
+
+def test_it(jobs):
+    jobs.connect(Broken("echo"))
+    asyncio.run(jobs.publish("echo", JOB, retry=False))
+    asyncio.run(jobs.drain())
+"""
+    )
+    run = pytester.runpytest_inprocess(*PLUGIN)
+    run.assert_outcomes(failed=1)
+    lines = [
+        '>       assert job_dict["name"] == "y"',
+        "The above exception was the direct cause of the following exception:",
+        ">   *asyncio.run(jobs.drain())",
+        "E * job * (schema 'x', queue 'echo', attempt 1) is dead, 'attempts': AssertionError: *",
+    ]
+    run.stdout.fnmatch_lines([line.replace("[", "[[]") for line in lines])
+    run.stdout.no_re_match_line(r".*testing/jobs\.py:\d+: ")
 
 
 # Our own conftest: a full run leaves out no backend.

@@ -21,6 +21,7 @@ DeadReason = Literal[
     "too_large",
 ]
 
+NAME_LIMIT = 512
 MESSAGE_LIMIT = 4 * 1024
 TRACEBACK_LIMIT = 16 * 1024
 _ERRORS_KEPT = 10
@@ -87,7 +88,11 @@ class RunError:
         except Exception as broken:  # the user's __str__: its failure must not hide the error itself
             text = f"<its text could not be read: {type(broken).__name__}>"
         frames = "".join(traceback.format_tb(error.__traceback__))
-        return cls(name, _cut(_escaped(text), MESSAGE_LIMIT), _escaped(_last(frames, TRACEBACK_LIMIT), "\n"))
+        return cls(
+            _cut(_escaped(name), NAME_LIMIT),
+            _cut(_escaped(text), MESSAGE_LIMIT),
+            _last(_escaped(frames, "\n"), TRACEBACK_LIMIT),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +211,9 @@ def with_error(errors: Sequence[RunError], newest: RunError | None) -> tuple[Run
     if newest is None:
         return tuple(errors)
     older = [
-        RunError(e.type, _cut(e.message, _OLD_MESSAGE_LIMIT), "", e.started_at, e.ended_at, e.worker)
-        for e in errors[1 - _ERRORS_KEPT :]
+        RunError(e.type, _short(e.message), "", e.started_at, e.ended_at, e.worker) for e in errors[1 - _ERRORS_KEPT :]
     ]
-    while older and sum(len(e.type) + len(e.message) + len(e.traceback) for e in (*older, newest)) > _ERRORS_LIMIT:
+    while older and sum(_size(error) for error in (*older, newest)) > _ERRORS_LIMIT:
         del older[0]
     return (*older, newest)
 
@@ -225,5 +229,16 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text.encode()) <= limit else text.encode()[: limit - 3].decode(errors="ignore") + "…"
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= _OLD_MESSAGE_LIMIT else text[: _OLD_MESSAGE_LIMIT - 1] + "…"
+
+
 def _last(text: str, limit: int) -> str:
-    return text if len(text.encode(errors="replace")) <= limit else "…\n" + text[-(limit // 4) :]
+    """The end of it: the innermost frames."""
+    if len(text.encode()) <= limit:
+        return text
+    return "…" + text.encode()[3 - limit :].decode(errors="ignore")
+
+
+def _size(error: RunError) -> int:
+    return sum(len(text.encode()) for text in (error.type, error.message, error.traceback, error.worker))

@@ -242,14 +242,16 @@ class UnknownSchema(JobsError):
     """A job of a schema, or of a wire format, that this worker does not know: left to a worker that does.
 
     Attributes:
+        schema_name: the schema it is for; empty where the format is what is not known.
         waited: seconds since the job was first due.
         patience: seconds after which no such worker is expected any more.
     """
 
-    def __init__(self, what: str, waited: float, patience: float) -> None:
-        self.what: str = what
+    def __init__(self, schema_name: str, waited: float, patience: float) -> None:
+        self.schema_name: str = schema_name
         self.waited: float = waited
         self.patience: float = patience
+        what = f"the schema {schema_name!r}" if schema_name else "its wire format"
         super().__init__(f"{what} is not known to this worker; the job has waited {waited:.0f} s for one that knows it")
 
 

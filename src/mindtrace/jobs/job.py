@@ -1,14 +1,16 @@
 """`Job` and `JobSchema`: what someone asks for, and the shape it has to have."""
 
+import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, cast, overload
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError, to_json
 
 from mindtrace.jobs.errors import ConfigError, InputInvalid, Refused
@@ -174,15 +176,14 @@ class JobSchema(Generic[In, Out]):
         """
         model: type[Any] = self.input
         try:
-            if isinstance(data, BaseModel):
-                values = dumped(data, by_alias=True)
-                parsed(model, values)
-                return values
-            return dumped(parsed(model, data), by_alias=True)
+            values = dumped(data if isinstance(data, BaseModel) else parsed(model, data), by_alias=True)
+            parsed(model, values)  # what is sent has to be what the worker can read
         except ValidationError as error:
-            raise InputInvalid(self.name, field_errors(error)) from error
-        except PydanticSerializationError as error:
-            raise InputInvalid(self.name, [{"type": "json", "loc": (), "msg": str(error)}]) from error
+            raise InputInvalid(self.name, field_errors(error)) from None  # the cause would show the values
+        except (ValueError, RecursionError, PydanticSerializationError) as error:
+            found = {"type": "json", "loc": (), "msg": f"it cannot be written as JSON ({type(error).__name__})"}
+            raise InputInvalid(self.name, [found]) from None
+        return values
 
     def received(self, data: dict[str, Any]) -> Any:
         """The input of a job that arrived, as an instance of the input model.
@@ -236,11 +237,9 @@ def job_from_schema(
 
 def new_job_id() -> JobId:
     """A UUIDv7 as text (RFC 9562, 5.7): 48 bits of milliseconds, so that ids sort by age, and 74 random ones."""
-    random = int.from_bytes(os.urandom(10), "big")
-    text = (
-        f"{time.time_ns() // 1_000_000:012x}7{random >> 68:03x}{0x8 | (random >> 64) & 0x3:x}{random & 2**60 - 1:015x}"
-    )
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    ms, random = f"{time.time_ns() // 1_000_000:012x}", os.urandom(10).hex()
+    variant = "89ab"[int(random[3], 16) & 3]
+    return f"{ms[:8]}-{ms[8:]}-7{random[:3]}-{variant}{random[4:7]}-{random[7:19]}"
 
 
 def parsed(model: type[Model], data: object) -> Model:
@@ -255,20 +254,66 @@ def parsed(model: type[Model], data: object) -> Model:
         if not isinstance(data, Mapping):
             raise
     # A strict model refuses, as Python values, what JSON can only write as text or list (a date, a tuple): ask as JSON.
-    return model.model_validate_json(to_json(data))
+    return model.model_validate_json(to_json(dict(cast(Mapping[str, Any], data))))
+
+
+def as_read(instance: BaseModel) -> dict[str, Any]:
+    """The instance's fields under the names that its model reads them by."""
+    fields = type(instance).model_fields
+    return {_read_name(name, fields[name]) if name in fields else name: value for name, value in vars(instance).items()}
+
+
+def _read_name(name: str, field: FieldInfo) -> str:
+    alias = field.validation_alias
+    if isinstance(alias, AliasChoices):
+        alias = next((choice for choice in alias.choices if isinstance(choice, str)), None)
+    return alias if isinstance(alias, str) else name
 
 
 def dumped(instance: BaseModel, *, by_alias: bool = False) -> dict[str, Any]:
-    """The model as JSON values; computed fields are left out, since they are not input."""
-    values: dict[str, Any] = instance.__pydantic_serializer__.to_python(
-        instance, mode="json", by_alias=by_alias, round_trip=True
-    )
-    return values
+    """The model as a JSON object; computed fields are left out, since they are not input.
+
+    Raises:
+        ValueError: it holds what JSON cannot carry.
+    """
+    dump = instance.__pydantic_serializer__.to_python
+    values: Any = dump(instance, mode="json", by_alias=by_alias, round_trip=True, warnings=False)
+    if not isinstance(values, dict):
+        raise ValueError("no JSON object")
+    found = cast(dict[str, Any], values)
+    if _has_null(found):  # NaN becomes null where the model says nothing of the type: look before that is done
+        _check_finite(dump(instance, mode="python", round_trip=True, warnings=False))
+    return found
+
+
+def _has_null(value: JsonValue) -> bool:
+    if isinstance(value, dict):
+        return any(_has_null(item) for item in value.values())
+    if isinstance(value, list):
+        return any(_has_null(item) for item in value)
+    return value is None
+
+
+def _check_finite(value: Any) -> None:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("a number that is not finite")
+    elif isinstance(value, Mapping):
+        for item in list(cast(dict[Any, Any], value).values()):
+            _check_finite(item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in cast(Iterable[Any], value):
+            _check_finite(item)
 
 
 def field_errors(error: ValidationError) -> list[Mapping[str, Any]]:
-    """What pydantic found, without the values it refused: those are payload."""
-    return list(error.errors(include_url=False, include_context=False, include_input=False))
+    """What pydantic found, without the values it refused: those are payload.
+
+    The words of the model's own validators may quote a value as well, and are left out.
+    """
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    own = ("value_error", "assertion_error")
+    return [{**one, "msg": "refused by a validator of the model"} if one["type"] in own else one for one in found]
 
 
 def checked_queue_name(name: str) -> str:
@@ -285,13 +330,18 @@ def checked_queue_name(name: str) -> str:
     return name
 
 
+def is_job_id(value: object) -> bool:
+    """Whether it is text that can name a job."""
+    return _is_text(value, _JOB_ID)
+
+
 def checked_job_id(job_id: str) -> JobId:
     """The id itself.
 
     Raises:
         ConfigError: not `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`.
     """
-    if not _is_text(job_id, _JOB_ID):
+    if not is_job_id(job_id):
         raise ConfigError(f"{job_id!r} is no job id: 1 to 128 of A-Z a-z 0-9 . _ : -, a letter or digit first")
     return job_id
 

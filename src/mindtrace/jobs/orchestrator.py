@@ -32,7 +32,7 @@ from mindtrace.jobs.job import (
     new_job_id,
     parsed,
 )
-from mindtrace.jobs.retry import MAX_DELAY, RetryPolicy, is_seconds
+from mindtrace.jobs.retry import MAX_DELAY, RetryPolicy, is_seconds, is_whole
 from mindtrace.jobs.wire import PAYLOAD_LIMIT, PAYLOAD_LIMIT_MOST, Envelope, Message, decode, encode, job_dict
 
 _log = logging.getLogger(__name__)
@@ -63,10 +63,7 @@ class AsyncOrchestrator:
     ) -> None:
         self.backend: Backend = backend
         self._require = frozenset(require)
-        if unknown := self._require - _REQUIRABLE:
-            raise ConfigError(f"require={sorted(unknown)}: {', '.join(sorted(_REQUIRABLE))} are the traits to ask for")
-        if not 1 <= payload_limit <= PAYLOAD_LIMIT_MOST:
-            raise ConfigError(f"payload_limit={payload_limit!r}: bytes, from 1 to {PAYLOAD_LIMIT_MOST}")
+        check_options(self._require, payload_limit)
         self.payload_limit: int = payload_limit
         self.schemas: dict[str, JobSchema[Any, Any]] = {}
         self._listeners = tuple(listeners)
@@ -86,12 +83,24 @@ class AsyncOrchestrator:
             BackendUnavailable: no broker.
         """
         await self.backend.open()
+        try:
+            self.check_traits()
+        except NotSupported:
+            await self.backend.aclose()
+            raise
+        traits = self.backend.traits
+        _log.info("backend %s open, durability %s", traits.name, traits.durability)
+
+    def check_traits(self) -> None:
+        """Nothing, if the opened backend can do all that `require` names.
+
+        Raises:
+            NotSupported: it lacks one.
+        """
         traits = self.backend.traits
         for name in sorted(self._require):
             if not getattr(traits, name):
-                await self.backend.aclose()
                 raise NotSupported(name, traits.name, "another backend, or less in require=")
-        _log.info("backend %s open, durability %s", traits.name, traits.durability)
 
     async def aclose(self) -> None:
         """Close the backend. Closing twice does nothing."""
@@ -323,6 +332,18 @@ class AsyncOrchestrator:
         await told(self._listeners, JobPublished(queue, job_id, schema_name, outcome == "duplicate"))
 
 
+def check_options(require: frozenset[str], payload_limit: int) -> None:
+    """What an orchestrator is made with.
+
+    Raises:
+        ConfigError: an unknown trait, or a limit out of its range.
+    """
+    if unknown := require - _REQUIRABLE:
+        raise ConfigError(f"require={sorted(unknown)}: {', '.join(sorted(_REQUIRABLE))} are the traits to ask for")
+    if not is_whole(payload_limit) or not 1 <= payload_limit <= PAYLOAD_LIMIT_MOST:
+        raise ConfigError(f"payload_limit={payload_limit!r}: bytes, from 1 to {PAYLOAD_LIMIT_MOST}")
+
+
 class _Options:
     """The options of one publish, checked."""
 
@@ -367,5 +388,5 @@ def _fits(schema: JobSchema[Any, Any], data: dict[str, Any]) -> dict[str, Any]:
     try:
         parsed(schema.input, data)
     except ValidationError as error:
-        raise InputInvalid(schema.name, field_errors(error)) from error
+        raise InputInvalid(schema.name, field_errors(error)) from None  # the cause would show the values
     return data

@@ -25,7 +25,8 @@ def settlement_for(delivery: Delivery, end: Done | Exception, policy: RetryPolic
         case Discard():
             return Done(discarded=end.reason)
         case Snooze():
-            return Release(_delay(end.delay) or 0.0)
+            wait = _delay(end.delay)
+            return _after_failure(delivery, end, policy, random) if wait is None else Release(wait)
         case Reject():
             return Dead("rejected", RunError.of(end))
         case Refused():

@@ -1,6 +1,7 @@
 """`RetryPolicy`: how often a job is run, and how far apart."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -11,6 +12,7 @@ from mindtrace.jobs.errors import ConfigError
 MAX_DELAY = 366 * 86400.0
 """The longest delay any backend takes, in seconds."""
 
+_WIDEST = sys.float_info.max
 WIRE_FIELDS = ("max_attempts", "base", "factor", "cap", "jitter", "crash_limit")
 
 
@@ -97,7 +99,7 @@ class RetryPolicy:
         try:
             longest = min(self.cap, self.base * self.factor ** (failed - 1))
         except OverflowError:
-            longest = self.cap
+            longest = self.cap if self.base else 0.0
         return random.uniform(0.0, longest) if self.jitter == "full" else longest
 
     def to_wire(self) -> dict[str, int | float | str]:
@@ -116,7 +118,9 @@ class RetryPolicy:
 
 def is_seconds(value: object) -> bool:
     """Whether `value` is a finite number, as every duration has to be."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -_WIDEST <= value <= _WIDEST  # NaN fails it, and an integer too wide for a float
 
 
 def is_whole(value: object) -> bool:

@@ -12,7 +12,7 @@ from mindtrace.jobs.backend import QueueSpec
 from mindtrace.jobs.consumer import AnyConsumer
 from mindtrace.jobs.delivery import Delivery
 from mindtrace.jobs.errors import ConfigError, Refused, UnknownSchema, described
-from mindtrace.jobs.job import JobSchema, dumped, field_errors
+from mindtrace.jobs.job import JobSchema, as_read, dumped, field_errors
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.retry import RetryPolicy
 from mindtrace.jobs.wire import Envelope, decode, job_dict
@@ -41,10 +41,11 @@ class Route:
     timeout: float
 
     def policy_for(self, envelope: Envelope) -> RetryPolicy:
-        """The job's own numbers, else the route's; which exceptions are retried is never the publisher's to say."""
-        if envelope.retry is None:
-            return self.policy
-        return replace(envelope.retry, retry_on=self.policy.retry_on, no_retry_on=self.policy.no_retry_on)
+        """The job's own numbers, else the route's. What code decides is the route's: the publisher has none of it."""
+        own, policy = envelope.retry, self.policy
+        if own is None:
+            return policy
+        return replace(own, retry_on=policy.retry_on, no_retry_on=policy.no_retry_on, delay=policy.delay)
 
     def timeout_for(self, envelope: Envelope) -> float:
         """Seconds for one run; inf for no limit."""
@@ -76,7 +77,7 @@ class Route:
             return
         try:
             if isinstance(returned, model):
-                returned = vars(returned)  # a model is checked anew: what is set on it later is not validated
+                returned = as_read(returned)  # checked anew: what is set on a model later is not validated
             model.model_validate(returned)
         except ValidationError as error:
             text = f"the result does not fit the schema {schema.name!r}: {described(field_errors(error))}"
@@ -148,12 +149,12 @@ class Routes:
         """
         envelope = decode(delivery.message.body, self._orchestrator.payload_limit)
         if isinstance(envelope, int):
-            raise UnknownSchema("its wire format", time.time() - envelope / 1000, self._unknown_ttl)
+            raise UnknownSchema("", time.time() - envelope / 1000, self._unknown_ttl)
         for route in self._by_queue[delivery.queue]:
             if route.schema is None or route.schema.name == envelope.schema_name:
                 return route, envelope
         due = envelope.created_ms if envelope.due_ms is None else envelope.due_ms
-        raise UnknownSchema(f"the schema {envelope.schema_name!r}", time.time() - due / 1000, self._unknown_ttl)
+        raise UnknownSchema(envelope.schema_name, time.time() - due / 1000, self._unknown_ttl)
 
     async def _route(self, consumer: AnyConsumer[Any, Any]) -> Route:
         kind, method = type(consumer).__name__, consumer.calls.method

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from enum import StrEnum
 from functools import wraps
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
@@ -13,9 +13,11 @@ from mindtrace.jobs.background import background
 from mindtrace.jobs.consumer import AnyConsumer
 from mindtrace.jobs.dead_letters import AsyncDeadLetters
 from mindtrace.jobs.errors import ConfigError
+from mindtrace.jobs.events import Listener
 from mindtrace.jobs.job import In, JobSchema, Out
-from mindtrace.jobs.orchestrator import AsyncOrchestrator
+from mindtrace.jobs.orchestrator import AsyncOrchestrator, check_options
 from mindtrace.jobs.threads import CallerThread
+from mindtrace.jobs.wire import PAYLOAD_LIMIT
 from mindtrace.jobs.worker import Worker
 
 P = ParamSpec("P")
@@ -130,10 +132,25 @@ class Orchestrator(_Face):
 
     Args:
         backend: a client, such as `LocalClient()`.
+        require: names of `Traits` that the backend must have; checked when it is opened, by the first call.
+        payload_limit: bytes of JSON that one input may have, up to 16 MiB.
+        listeners: told of each published job, on the background loop.
+
+    Raises:
+        ConfigError: an unknown trait, or a limit out of its range.
     """
 
-    def __init__(self, backend: LocalClient) -> None:
-        self.backend = backend
+    def __init__(
+        self,
+        backend: LocalClient,
+        *,
+        require: Iterable[str] = (),
+        payload_limit: int = PAYLOAD_LIMIT,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self.backend: LocalClient = backend
+        self._require, self._payload_limit, self._listeners = frozenset(require), payload_limit, tuple(listeners)
+        check_options(self._require, payload_limit)
         self._twin: AsyncOrchestrator | None = None
 
     @property
@@ -141,11 +158,12 @@ class Orchestrator(_Face):
         """The async counterpart, on the background loop of this process."""
         backend = self.backend.backend
         twin = self._twin
-        if twin is None or twin.backend is not backend:
-            fresh = AsyncOrchestrator(backend)
-            if twin is not None:
-                schemas = list(twin.schemas.values())
-                background.call(lambda: _register_all(fresh, schemas))
+        if twin is None or twin.backend is not backend:  # the first call, or the first in a forked child
+            fresh = AsyncOrchestrator(
+                backend, require=self._require, payload_limit=self._payload_limit, listeners=self._listeners
+            )
+            schemas = [] if twin is None else list(twin.schemas.values())
+            background.call(lambda: _begin(fresh, schemas))
             self._twin = twin = fresh
         return twin
 
@@ -169,7 +187,8 @@ class Orchestrator(_Face):
         return LocalConsumerBackend(schema.queue, self)
 
 
-async def _register_all(orchestrator: AsyncOrchestrator, schemas: Sequence[JobSchema[Any, Any]]) -> None:
+async def _begin(orchestrator: AsyncOrchestrator, schemas: Sequence[JobSchema[Any, Any]]) -> None:
+    orchestrator.check_traits()
     for schema in schemas:
         await orchestrator.register(schema)
 

@@ -23,17 +23,19 @@ no pickle, and no name in a message is ever imported.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Any, cast
 
 from pydantic import JsonValue
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from mindtrace.jobs.errors import ConfigError, InputInvalid, PayloadTooLarge, Refused
-from mindtrace.jobs.job import JobId
+from mindtrace.jobs.job import JobId, is_job_id
 from mindtrace.jobs.retry import WIRE_FIELDS, RetryPolicy, is_seconds
 
 VERSION = 1
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 PAYLOAD_LIMIT = 1024 * 1024
 """Bytes of JSON that an input may have, unless the orchestrator is told otherwise."""
 PAYLOAD_LIMIT_MOST = 16 * 1024 * 1024
@@ -46,7 +48,7 @@ _DIGITS_LIMIT = (
     4300  # Python's own for text to int (sys.int_info.default_max_str_digits): beyond it no worker could read it
 )
 _WIDEST_INT = 10**_DIGITS_LIMIT
-
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _KEYS = frozenset(
     ("v", "id", "name", "schema", "created_at", "due_at", "priority", "headers", "timeout", "retry", "input")
 )
@@ -158,10 +160,11 @@ def decode(body: bytes, payload_limit: int = PAYLOAD_LIMIT) -> Envelope | int:
     version: Any = frame.get("v")
     created: Any = frame.get("created_at")
     due: Any = frame.get("due_at")
-    if type(version) is not int or type(created) is not int or not (due is None or type(due) is int):
-        raise Refused("malformed", "v, created_at and due_at have to be integers")
+    if type(version) is not int or not _is_instant(created) or not (due is None or _is_instant(due)):
+        raise Refused("malformed", "v, created_at and due_at have to be integers, the last two of 64 bits")
     if version != VERSION:
-        return created if due is None else due
+        first_due: int = created if due is None else due
+        return first_due
     return _envelope(frame, created, due)
 
 
@@ -172,16 +175,20 @@ def _envelope(frame: dict[str, Any], created: int, due: int | None) -> Envelope:
     schema_name: Any = get("schema", name)
     input_data = _object(get("input"))
     job_id: Any = get("id")
-    if not (type(name) is str and type(schema_name) is str and type(job_id) is str and input_data is not None):
-        raise Refused("malformed", "id, name and schema have to be text, input an object")
+    if not (type(name) is str and type(schema_name) is str and is_job_id(job_id) and input_data is not None):
+        raise Refused("malformed", "id has to be a job id, name and schema text, input an object")
     try:
         _check_values(input_data, 1)
     except ValueError as error:
         raise Refused("malformed", str(error)) from error
-    envelope = Envelope(job_id, name, schema_name, input_data, created, due)
+    envelope = Envelope(job_id, name, schema_name, input_data, created, due, 0, NOTHING, None, None, NOTHING)
     if frame.keys() <= _PLAIN_KEYS:
         return envelope
     envelope.unknown = {key: value for key, value in frame.items() if key not in _KEYS}
+    try:
+        _check_values(dict(envelope.unknown), 0)
+    except ValueError as error:
+        raise Refused("malformed", str(error)) from error
     envelope.priority = get("priority", 0)
     headers = _object(get("headers", {}))
     if type(envelope.priority) is not int:
@@ -190,10 +197,10 @@ def _envelope(frame: dict[str, Any], created: int, due: int | None) -> Envelope:
         raise Refused("malformed", "headers have to be an object of text")
     envelope.headers = headers
     if "timeout" in frame:
-        timeout: Any = math.inf if frame["timeout"] is None else frame["timeout"]
-        if timeout != math.inf and not (is_seconds(timeout) and timeout > 0):
+        timeout: Any = frame["timeout"]
+        if timeout is not None and not (is_seconds(timeout) and timeout > 0):
             raise Refused("malformed", "timeout has to be a number above 0, or null")
-        envelope.timeout = timeout
+        envelope.timeout = math.inf if timeout is None else timeout
     if "retry" in frame:
         retry: Any = frame["retry"]
         try:
@@ -223,14 +230,18 @@ def job_dict(envelope: Envelope, attempt: int, input_data: dict[str, Any]) -> di
 def instant(ms: int) -> str:
     """Ms since the epoch as ISO 8601 text in UTC; an instant outside the years 1 to 9999 as the number it is."""
     try:
-        return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
-    except (OverflowError, ValueError, OSError):
+        return (_EPOCH + timedelta(milliseconds=ms)).isoformat(timespec="milliseconds")
+    except OverflowError:
         return str(ms)
 
 
 def _object(value: Any) -> dict[str, Any] | None:
     """The value if it is a JSON object."""
     return cast(dict[str, Any], value) if type(value) is dict else None
+
+
+def _is_instant(ms: object) -> bool:
+    return type(ms) is int and -(2**63) <= ms < 2**63
 
 
 def _check_values(value: JsonValue, level: int) -> None:

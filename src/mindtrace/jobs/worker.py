@@ -163,6 +163,11 @@ class Worker:
 
     # --- what people call
 
+    @property
+    def released(self) -> int:
+        """How many deliveries were handed back because the worker stopped."""
+        return self._runs.released
+
     async def run(self) -> int:
         """Run until stopped, by `stop()`, a signal, `max_jobs` or `until_idle`.
 
@@ -177,18 +182,20 @@ class Worker:
             SystemExit: a job raised it; it counts as failed, and the worker has drained.
         """
         loop = asyncio.get_running_loop()
-        signals: list[signal.Signals] = []
+        before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 with suppress(NotImplementedError):  # Windows
+                    handler = signal.getsignal(number)
                     loop.add_signal_handler(number, self._on_signal, number)
-                    signals.append(number)
+                    before[number] = handler
         try:
             await self.work()
         finally:
-            for number in signals:
+            for number, handler in before.items():
                 loop.remove_signal_handler(number)
-        return 1 if self._runs.released else 0
+                signal.signal(number, handler)
+        return 1 if self.released else 0
 
     async def __aenter__(self) -> Self:
         self._group = asyncio.TaskGroup()
@@ -354,7 +361,7 @@ class Worker:
                 event = JobSettled(
                     delivery.queue,
                     delivery.message.id,
-                    "" if run is None else run.envelope.schema_name,
+                    end.schema_name,
                     delivery.attempt,
                     settlement,
                     answer is None,

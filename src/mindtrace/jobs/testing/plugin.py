@@ -1,4 +1,4 @@
-"""pytest's side of the private brokers: `redis_url` and `rabbitmq_url`, for any test that names them.
+"""What pytest gives to any test that names it: `jobs`, the test kit; `redis_url` and `rabbitmq_url`, private brokers.
 
 A run has at most one Redis and one RabbitMQ. Those that a collected test names start in threads of their own as soon as
 the collection is complete; the tests that need none run first, meanwhile. A broker that cannot be had fails the tests
@@ -8,16 +8,29 @@ that need it, and skips none: whoever wants fewer tests deselects them.
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from mindtrace.jobs.testing import brokers
 from mindtrace.jobs.testing.brokers import Broker, BrokerUnavailable, Kind, Machine
 
-__all__ = ["rabbitmq_url", "redis_url", "started_brokers"]
+if TYPE_CHECKING:
+    from mindtrace.jobs.testing.jobs import JobsTest
+
+__all__ = ["jobs", "rabbitmq_url", "redis_url", "started_brokers"]
 
 _FIXTURES: Final[Mapping[str, Kind]] = {"redis_url": "redis", "rabbitmq_url": "rabbitmq"}
+
+
+@pytest.fixture
+def jobs() -> "Generator[JobsTest]":
+    """A `JobsTest` of this test's own. Not a coroutine, so that it works under every asyncio plugin, and under none."""
+    from mindtrace.jobs.testing.jobs import JobsTest  # here, or each run of pytest would load a backend
+
+    jobs = JobsTest()
+    yield jobs
+    jobs.close()
 
 
 @pytest.fixture(scope="session")

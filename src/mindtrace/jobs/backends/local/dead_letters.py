@@ -1,6 +1,8 @@
 """The dead letters of a local queue."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from mindtrace.jobs.backend import DeadLetters, Home
 from mindtrace.jobs.backends.local.clock import Clock
@@ -28,14 +30,13 @@ class LocalDeadLetters(DeadLetters):
         """A page, newest first."""
         if not is_whole(limit) or limit < 1:
             raise ConfigError(f"limit={limit!r}: a whole number from 1 on")
-        try:
-            skip = int(cursor or 0)
-        except ValueError as error:
-            raise ConfigError(f"cursor={cursor!r}: the cursor of an earlier page") from error
-        dead = self._dead()
-        newest_first = list(reversed(_matching(dead.values(), where)))
-        end = skip + limit
-        return DeadPage(newest_first[skip:end], str(end) if end < len(newest_first) else None)
+        if cursor is not None and not (cursor.isascii() and cursor.isdigit()):
+            raise ConfigError(f"cursor={cursor!r}: the cursor of an earlier page")
+        queue = self._queue()
+        before = math.inf if cursor is None else int(cursor)
+        older = (r for r in reversed(queue.dead.values()) if _fits(r, where) and queue.died[r.message.id] < before)
+        records = list(islice(older, limit))
+        return DeadPage(records, str(queue.died[records[-1].message.id]) if next(older, None) else None)
 
     async def get(self, job_id: JobId) -> DeadRecord:
         """One record."""
@@ -61,16 +62,15 @@ class LocalDeadLetters(DeadLetters):
 
     async def purge(self, which: Sequence[JobId] | DeadFilter) -> int:
         """Forget them."""
-        records = self._chosen(which)
-        dead = self._dead()
+        records, queue = self._chosen(which), self._queue()
         for record in records:
-            del dead[record.message.id]
+            queue.forget(record)
         return len(records)
 
     def _chosen(self, which: Sequence[JobId] | DeadFilter) -> Sequence[DeadRecord]:
         dead = self._dead()
         if isinstance(which, DeadFilter):
-            return _matching(dead.values(), which)
+            return [record for record in dead.values() if _fits(record, which)]
         for job_id in which:
             if job_id not in dead:
                 raise JobNotFound(job_id)
@@ -87,10 +87,5 @@ class LocalDeadLetters(DeadLetters):
         return self._queue().dead
 
 
-def _matching(records: Iterable[DeadRecord], where: DeadFilter) -> list[DeadRecord]:
-    return [
-        record
-        for record in records
-        if (where.reason is None or record.reason == where.reason)
-        and (where.since is None or record.died_at >= where.since)
-    ]
+def _fits(record: DeadRecord, where: DeadFilter) -> bool:
+    return where.reason in (None, record.reason) and (where.since is None or record.died_at >= where.since)

@@ -115,6 +115,7 @@ class Queue:
         self.clock: Clock = clock
         self.jobs: dict[JobId, StoredJob] = {}
         self.dead: dict[JobId, DeadRecord] = {}  # oldest first
+        self.died: dict[JobId, int] = {}  # their order, which a page can go on from
         self.n_ready: int = 0
         self.n_scheduled: int = 0
         self.waiting: dict[Holder, None] = {}
@@ -147,6 +148,8 @@ class Queue:
     def publish(self, messages: Sequence[Message]) -> list[Published]:
         """Store all that can be stored; or, of those that are new, none if they do not all fit."""
         now = self.clock.now()
+        if len(messages) == 1:
+            return [self._publish_one(messages[0], now)]
         outcomes: list[Published] = []
         new: dict[JobId, Message] = {}
         for message in messages:
@@ -154,36 +157,57 @@ class Queue:
             if refusal is not None:
                 outcomes.append(refusal)
             elif message.id in new or self.knows(message.id, now):
-                self._note_another_body(message)
+                self._note_another_body(message, new.get(message.id))
                 outcomes.append("duplicate")
             else:
                 new[message.id] = message
                 outcomes.append("stored")
-        limit = self.spec.max_length
-        if limit is not None and new and self.n_ready + self.n_scheduled + len(new) > limit:
-            full = QueueFull(self.spec.name, limit)
-            return [full if outcome == "stored" else outcome for outcome in outcomes]
+        if new and (full := self._is_full_for(len(new))):
+            return [
+                full if m.id in new and not isinstance(o, JobsError) else o
+                for m, o in zip(messages, outcomes, strict=True)
+            ]
         for message in new.values():
-            job = StoredJob(message, 0)
-            self.jobs[message.id] = job
-            delay = message.delay
-            if message.at is not None:
-                delay = (message.at - self.clock.wall()).total_seconds()
-            if delay > 0:
-                self._schedule(job, now + delay)
-            else:
-                self._enter(job)
+            self._store(message, now)
         if new:
             self.ring()
         return outcomes
+
+    def _publish_one(self, message: Message, now: float) -> Published:
+        """As `publish`, for what nearly all calls are."""
+        if message.priority and (refusal := self.refusal(message)):
+            return refusal
+        if self.knows(message.id, now):
+            self._note_another_body(message)
+            return "duplicate"
+        if full := self._is_full_for(1):
+            return full
+        self._store(message, now)
+        self.ring()
+        return "stored"
+
+    def _is_full_for(self, count: int) -> QueueFull | None:
+        limit = self.spec.max_length
+        if limit is None or self.n_ready + self.n_scheduled + count <= limit:
+            return None
+        return QueueFull(self.spec.name, limit)
+
+    def _store(self, message: Message, now: float) -> None:
+        self.jobs[message.id] = job = StoredJob(message, 0)
+        delay = message.delay if message.at is None else (message.at - self.clock.wall()).total_seconds()
+        if delay > 0:
+            self._schedule(job, now + delay)
+        else:
+            self._enter(job)
 
     def knows(self, job_id: JobId, now: float) -> bool:
         """Whether a job of this id is here, dead, or ended lately."""
         return job_id in self.jobs or job_id in self.dead or self._recent.has(job_id, now)
 
-    def _note_another_body(self, message: Message) -> None:
-        job = self.jobs.get(message.id)
-        if job is not None and job.message.body != message.body:
+    def _note_another_body(self, message: Message, first: Message | None = None) -> None:
+        known = self.jobs.get(message.id) or self.dead.get(message.id)
+        first = first or (known.message if known else None)
+        if first is not None and first.body != message.body:
             _log.info("job %s of queue %s is published already: its first content stays", message.id, self.spec.name)
 
     # receive
@@ -310,9 +334,13 @@ class Queue:
         for receiver in list(self.waiting):
             receiver.nudge()
 
+    def forget(self, record: DeadRecord) -> None:
+        """A dead job is no more."""
+        del self.dead[record.message.id], self.died[record.message.id]
+
     def replay(self, record: DeadRecord) -> None:
         """Put a dead job back, as new but for its number and its past."""
-        del self.dead[record.message.id]
+        self.forget(record)
         job = StoredJob(record.message, 0)
         job.number, job.errors, job.replays = record.number, record.errors, record.replays + 1
         self.jobs[record.message.id] = job
@@ -380,6 +408,8 @@ class Queue:
 
     def _bury(self, job: StoredJob, reason: DeadReason, error: RunError | None) -> None:
         del self.jobs[job.message.id]
+        self._place += 1
+        self.died[job.message.id] = self._place
         self.dead[job.message.id] = DeadRecord(
             self.spec.name,
             job.message,

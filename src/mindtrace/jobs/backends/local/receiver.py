@@ -155,7 +155,7 @@ class LocalReceiver(Receiver):
         """Up to `limit`, a queue at a time in fair turns, or as much as there is of each in order if `strict`."""
         random = os.urandom(8).hex() if limit > 0 else ""
         deliveries: list[Delivery] = []
-        if not self._strict and len(queues) > 1:
+        if not self._strict and len(queues) > 1 and limit > 0:
             self._turn = (self._turn + 1) % len(queues)
             queues = queues[self._turn :] + queues[: self._turn]
         while queues and len(deliveries) < limit:
