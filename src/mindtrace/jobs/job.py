@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, cast, overload
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -19,8 +19,14 @@ from mindtrace.jobs.retry import RetryPolicy, is_seconds, is_whole
 JobId: TypeAlias = str
 """Names one job for good: the key under which publishing it again is harmless. `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`."""
 
-In = TypeVar("In", bound=BaseModel | None)
-Out = TypeVar("Out", bound=BaseModel | None)
+if TYPE_CHECKING:  # a bare `Consumer` or `JobSchema` is one of any models, for a strict checker, too
+    import typing_extensions
+
+    In = typing_extensions.TypeVar("In", bound=BaseModel | None, default=Any)
+    Out = typing_extensions.TypeVar("Out", bound=BaseModel | None, default=Any)
+else:
+    In = TypeVar("In", bound=BaseModel | None)
+    Out = TypeVar("Out", bound=BaseModel | None)
 InModel = TypeVar("InModel", bound=BaseModel)
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -1,12 +1,15 @@
 """Where blocking code runs: a bounded pool of daemon threads, or the thread that called `consume()`."""
 
 import asyncio
+import os
 import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from mindtrace.jobs.errors import ForkedProcess
 
 
 @dataclass(slots=True)
@@ -22,13 +25,15 @@ class _Call:
     function: Callable[[], Any]
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[Outcome]"
+    pid: int = field(default_factory=os.getpid)
 
     def execute(self) -> Outcome:
         try:
             outcome = Outcome(self.function())
         except BaseException as error:  # user code; it becomes a settlement in the worker
             outcome = Outcome(error=error)
-        self.answer(outcome)
+        if os.getpid() == self.pid:
+            self.answer(outcome)
         return outcome
 
     def answer(self, outcome: Outcome) -> None:
@@ -114,9 +119,13 @@ class CallerThread:
 
         Raises:
             KeyboardInterrupt: Ctrl-C, whether it met a run or the wait for one.
+            ForkedProcess: a run has forked, and this is the child.
         """
         while (call := self._calls.get()) is not None:
-            if isinstance(call.execute().error, KeyboardInterrupt):
+            outcome = call.execute()
+            if os.getpid() != call.pid:  # the run forked, and this is the child: the jobs are the parent's
+                raise outcome.error or ForkedProcess("the run returned in a forked process: end that by os._exit()")
+            if isinstance(outcome.error, KeyboardInterrupt):
                 raise KeyboardInterrupt
 
     def interrupt(self) -> None:
