@@ -5,16 +5,17 @@ can be. Time is a number that only `time_passes` changes, so that leases and del
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeVar
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mindtrace.jobs import (
     Backend,
@@ -44,9 +45,13 @@ T = TypeVar("T")
 
 QUEUE = "jobs"
 KNOWN, FORGOTTEN = 60.0, 120.0  # seconds after its end that an id is known for certain, and that it is not
+JOBS = st.tuples(  # priority, delay, crash limit
+    st.integers(-2, 2), st.sampled_from([0.0, 0.0, 0.0, 0.0, 2.0, 20.0]), st.sampled_from([None, None, 1, 2])
+)
 SETTLEMENTS: st.SearchStrategy[Settlement] = st.sampled_from(
     [Done(), Retry(0.0), Retry(3.0), Release(), Release(3.0), Dead("rejected"), Dead("timeout")]
 )
+ENDS = st.lists(st.tuples(st.integers(0, 9), SETTLEMENTS), min_size=1, max_size=3)
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,6 @@ async def local_backend(clock: StandingClock) -> AsyncIterator[Backend]:
 class Jobs(RuleBasedStateMachine):
     """The rules. Each does one thing to both sides and compares the answers; the invariants compare the rest."""
 
-    ids: Bundle[JobId] = Bundle("ids")
-    deliveries: Bundle[Delivery] = Bundle("deliveries")
-
     def __init__(self) -> None:
         super().__init__()
         self.clock = StandingClock()
@@ -122,6 +124,8 @@ class Jobs(RuleBasedStateMachine):
         self.receivers: list[tuple[Callable[[], Coroutine[Any, Any, object]], Receiver]] = []
         self.jobs: dict[JobId, ModelJob] = {}
         self.ended: dict[JobId, float] = {}  # ids of jobs that are done or were cleaned, and when
+        self.ids: list[JobId] = []  # all there ever were
+        self.handed_out: list[Delivery] = []
         self.count = 0
 
     def do(self, step: Coroutine[Any, Any, T]) -> T:
@@ -221,93 +225,85 @@ class Jobs(RuleBasedStateMachine):
         job = self.jobs.get(delivery.message.id)
         return job if job is not None and job.state == "leased" and job.delivery is delivery else None
 
+    def some_delivery(self, which: int, index: int) -> Delivery | None:
+        """One that this receiver holds; or, now and then, any of the last ten: settled, lapsed or another's."""
+        held = [job.delivery for job in self.those("leased") if job.holder == which]
+        choice = held if held and index < 8 else self.handed_out[-10:]
+        return choice[index % len(choice)] if choice else None
+
     # the rules
 
-    @initialize(kind=st.sampled_from(["fifo", "priority", "stack"]), max_length=st.sampled_from([None, None, 5]))
-    def declare(self, kind: Literal["fifo", "priority", "stack"], max_length: int | None) -> None:
+    @initialize(
+        kind=st.sampled_from(["fifo", "priority", "stack"]),
+        max_length=st.sampled_from([None, None, 6]),
+        jobs=st.lists(JOBS, min_size=2, max_size=6),
+    )
+    def declare(
+        self,
+        kind: Literal["fifo", "priority", "stack"],
+        max_length: int | None,
+        jobs: list[tuple[int, float, int | None]],
+    ) -> None:
         self.spec = QueueSpec(QUEUE, kind, max_length=max_length)
         self.do(self.backend.declare(self.spec))
         self.receivers = [self.enter(terms) for terms in RECEIVERS]
+        self.publish_these(jobs, set())
 
-    @rule(
-        target=ids,
-        jobs=st.lists(
-            st.tuples(
-                st.integers(-2, 2), st.sampled_from([0.0, 0.0, 0.0, 2.0, 20.0]), st.sampled_from([None, None, 1, 2])
-            ),
-            min_size=1,
-            max_size=4,
-        ),
-        twice=st.booleans(),
-    )
-    def publish(self, jobs: list[tuple[int, float, int | None]], twice: bool) -> Any:
-        messages = [
-            Message(
-                f"job-{self.next_number()}",
-                b"{}",
-                priority=priority if self.spec.kind == "priority" else 0,
-                delay=delay,
-                crash_limit=crash_limit,
-            )
-            for priority, delay, crash_limit in jobs
-        ]
-        waiting = len(self.those("ready")) + len(self.those("scheduled"))
-        full = self.spec.max_length is not None and waiting + len(messages) > self.spec.max_length
-        outcomes = self.do(self.backend.publish(QUEUE, messages))
-        assert [type(outcome) if full else outcome for outcome in outcomes] == [
-            QueueFull if full else "stored" for _ in messages
-        ]
-        if not full:
-            for message in messages:
-                job = self.jobs[message.id] = ModelJob(message)
-                if message.delay:
-                    self.schedule(job, message.delay)
-                else:
-                    self.to_the_back(job)
-        return multiple(*(message.id for message in messages))
+    @rule(new=st.lists(JOBS, max_size=4), old=st.sets(st.integers(0, 30), max_size=2))
+    def publish(self, new: list[tuple[int, float, int | None]], old: set[int]) -> None:
+        self.publish_these(new, old)
 
-    @rule(job_id=ids)
-    def publish_again(self, job_id: JobId) -> None:
-        """Another body under an id of before: stored only if the id is no longer known."""
+    def publish_these(self, new: list[tuple[int, float, int | None]], old: set[int]) -> None:
+        """Jobs of new ids, then others under ids of before: those are stored only where the id is no longer known."""
+        messages = {
+            job_id: Message(job_id, b'"another"') for job_id in (self.ids[i % len(self.ids)] for i in old if self.ids)
+        }
+        for priority, delay, crash_limit in new:
+            self.ids.append(f"job-{self.next_number()}")
+            if self.spec.kind != "priority":
+                priority = 0
+            messages[self.ids[-1]] = Message(self.ids[-1], b"{}", priority, delay, crash_limit=crash_limit)
+        outcomes = dict(zip(messages, self.do(self.backend.publish(QUEUE, list(messages.values()))), strict=True))
+        for job_id, outcome in outcomes.items():
+            since = self.clock.time - self.ended.get(job_id, -math.inf)
+            if job_id in self.jobs or since < KNOWN:
+                assert outcome == "duplicate"
+            elif since >= FORGOTTEN:
+                assert outcome != "duplicate"
+        fresh = [job_id for job_id, outcome in outcomes.items() if outcome != "duplicate"]
         waiting = len(self.those("ready")) + len(self.those("scheduled"))
-        message = Message(job_id, b'"another"')
-        [outcome] = self.do(self.backend.publish(QUEUE, [message]))
-        ended = self.clock.time - self.ended.get(job_id, -FORGOTTEN)
-        if job_id in self.jobs or ended < KNOWN:
-            assert outcome == "duplicate"
-        elif outcome == "duplicate":
-            assert ended < FORGOTTEN
-        elif self.spec.max_length is not None and waiting >= self.spec.max_length:
-            assert isinstance(outcome, QueueFull)
-        else:
-            assert outcome == "stored"
+        if fresh and self.spec.max_length is not None and waiting + len(fresh) > self.spec.max_length:
+            assert all(isinstance(outcomes[job_id], QueueFull) for job_id in fresh)
+            return
+        assert all(outcomes[job_id] == "stored" for job_id in fresh)
+        for job_id in fresh:
             self.ended.pop(job_id, None)
-            self.to_the_back(self.jobs.setdefault(job_id, ModelJob(message)))
+            job = self.jobs[job_id] = ModelJob(messages[job_id])
+            if job.message.delay:
+                self.schedule(job, job.message.delay)
+            else:
+                self.to_the_back(job)
 
-    @rule(target=deliveries, which=st.integers(0, 2), limit=st.integers(1, 4))
-    def receive(self, which: int, limit: int) -> Any:
-        return self.exchange(which, [], limit)
+    @rule(which=st.integers(0, 2), limit=st.integers(1, 4))
+    def receive(self, which: int, limit: int) -> None:
+        self.exchange(which, [], limit)
 
-    @rule(
-        target=deliveries,
-        pairs=st.lists(st.tuples(deliveries, SETTLEMENTS), min_size=1, max_size=4),
-        which=st.integers(0, 2),
-        limit=st.integers(0, 2),
-    )
-    def settle_and_receive(self, pairs: list[tuple[Delivery, Settlement]], which: int, limit: int) -> Any:
-        """Also what was settled before, what has lapsed, and what is another's."""
-        return self.exchange(which, pairs, limit)
+    @precondition(lambda self: self.those("leased"))
+    @rule(which=st.integers(0, 2), ends=ENDS)
+    def settle_some(self, which: int, ends: list[tuple[int, Settlement]]) -> None:
+        self.exchange(which, ends, 0)
 
-    def exchange(self, which: int, chosen: Sequence[tuple[Delivery, Settlement]], limit: int) -> Any:
+    @rule(which=st.integers(0, 2), ends=ENDS, limit=st.integers(1, 4))
+    def settle_and_receive(self, which: int, ends: list[tuple[int, Settlement]], limit: int) -> None:
+        self.exchange(which, ends, limit)
+
+    def exchange(self, which: int, ends: list[tuple[int, Settlement]], limit: int) -> None:
         pairs: list[tuple[Delivery, Settlement]] = []
-        for delivery, settlement in chosen:
+        for index, settlement in ends:
             if isinstance(settlement, Retry | Dead):
-                error = RunError("ValueError", str(self.next_number()))
-                if isinstance(settlement, Retry):
-                    settlement = Retry(settlement.delay, error=error)
-                else:
-                    settlement = Dead(settlement.reason, error)
-            pairs.append((delivery, settlement))
+                settlement = replace(settlement, error=RunError("ValueError", str(self.next_number())))
+            if delivery := self.some_delivery(which, index):
+                pairs.append((delivery, settlement))
         exchanged = self.do(self.receivers[which][1].exchange(pairs, limit))
         for (delivery, settlement), outcome in zip(pairs, exchanged.settled, strict=True):
             job = self.held(delivery)
@@ -326,10 +322,13 @@ class Jobs(RuleBasedStateMachine):
         ]
         for job, delivery in zip(given, exchanged.deliveries, strict=True):
             job.delivery = delivery
-        return multiple(*exchanged.deliveries)
+            self.handed_out.append(delivery)
 
-    @rule(delivery=deliveries, which=st.integers(0, 2))
-    def extend(self, delivery: Delivery, which: int) -> None:
+    @rule(which=st.integers(0, 2), index=st.integers(0, 9))
+    def extend(self, which: int, index: int) -> None:
+        delivery = self.some_delivery(which, index)
+        if delivery is None:
+            return
         [outcome] = self.do(self.receivers[which][1].extend([delivery]))
         job = self.held(delivery)
         if job is not None and job.holder == which:
@@ -338,89 +337,70 @@ class Jobs(RuleBasedStateMachine):
         else:
             assert isinstance(outcome, LeaseLost)
 
-    @rule(seconds=st.sampled_from([0.5, 2.0, 3.0, 10.0, 10.5, 30.0, 61.0, 130.0]))
+    @rule(seconds=st.sampled_from([0.5, 2.0, 3.0, 10.0, 10.5, 20.0, 30.5, 61.0, 130.0]))
     def time_passes(self, seconds: float) -> None:
         self.clock.time += seconds
 
-    @rule(which=st.integers(0, 2))
-    def leave_and_come_again(self, which: int) -> None:
-        leave, _ = self.receivers[which]
-        self.do(leave())
+    @rule(which=st.integers(0, 3))
+    def leave_or_close(self, which: int) -> None:
+        """One receiver is left and another entered, or the backend is closed with all of them and opened again."""
+        left = [0, 1, 2] if which == 3 else [which]
         for job in self.those("leased"):
-            if job.holder == which:
+            if job.holder in left:
                 self.settle(job, Release())
-        self.receivers[which] = self.enter(RECEIVERS[which])
+        if which == 3:
+            self.do(self.backend.aclose())
+            self.do(self.backend.open())
+            self.the_depth_is_that_of_the_dict()
+        for index in left:
+            self.do(self.receivers[index][0]())
+            self.receivers[index] = self.enter(RECEIVERS[index])
 
-    @precondition(lambda self: len(self.those("leased")) > 1)
-    @rule()
-    def close_and_open(self) -> None:
-        self.do(self.backend.aclose())
-        for job in self.those("leased"):
-            self.settle(job, Release())
-        self.do(self.backend.open())
-        for leave, _ in self.receivers:
-            self.do(leave())
-        self.receivers = [self.enter(terms) for terms in RECEIVERS]
-
-    @precondition(lambda self: len(self.those("ready")) + len(self.those("scheduled")) > 2)
-    @rule()
-    def clean(self) -> None:
+    @rule(how=st.sampled_from(["clean", "clean", "delete", "delete", "force"]))
+    def clean_or_delete(self, how: str) -> None:
         waiting = [*self.those("ready"), *self.those("scheduled")]
-        assert self.do(self.backend.clean(QUEUE)) == len(waiting)
-        for job in waiting:
-            self.end(job)
-
-    @rule(force=st.sampled_from([False, False, False, True]))
-    def delete_and_declare_anew(self, force: bool) -> None:
-        lapsed = self.lapsed()
-        in_use = [job for job in self.jobs.values() if job.state in ("leased", "dead") and job not in lapsed]
-        if in_use and not force:
+        if how == "clean":
+            assert self.do(self.backend.clean(QUEUE)) == len(waiting)
+            for job in waiting:
+                self.end(job)
+            return
+        in_use = len(self.jobs) - len(waiting) - len(self.lapsed())
+        if in_use and how == "delete":
             with pytest.raises(QueueInUse):
                 self.do(self.backend.delete(QUEUE))
             return
-        self.do(self.backend.delete(QUEUE, force=force))
+        self.do(self.backend.delete(QUEUE, force=how == "force"))
         self.do(self.backend.declare(self.spec))
         self.jobs.clear()
         self.ended.clear()
 
     @precondition(lambda self: self.those("dead"))
-    @rule(data=st.data(), by_filter=st.booleans(), replay=st.booleans())
-    def replay_or_purge(self, data: st.DataObject, by_filter: bool, replay: bool) -> None:
+    @rule(
+        chosen=st.none() | st.lists(st.integers(0, 9), max_size=4),
+        verb=st.sampled_from(["replay", "replay", "purge", "neither"]),
+    )
+    def replay_or_purge(self, chosen: list[int] | None, verb: str) -> None:
+        """Some, each once however often it is named; or all that were rejected."""
         letters = self.backend.dead_letters(QUEUE)
         dead = sorted(self.those("dead"), key=lambda job: job.since)
-        if by_filter:
-            chosen = [job for job in dead if job.reason == "rejected"]
+        if chosen is None:
+            jobs = [job for job in dead if job.reason == "rejected"]
             which: DeadFilter | list[JobId] = DeadFilter("rejected")
         else:
-            chosen = data.draw(st.lists(st.sampled_from(dead), unique_by=lambda job: job.message.id))
-            which = [job.message.id for job in chosen]
-        done = self.do(letters.replay(which) if replay else letters.purge(which))
-        assert done == len(chosen)
-        for job in chosen:
-            if replay:
+            jobs = [dead[index % len(dead)] for index in dict.fromkeys(index % len(dead) for index in chosen)]
+            which = [dead[index % len(dead)].message.id for index in chosen]
+        if verb == "neither":  # one of them is not there
+            with pytest.raises(JobNotFound):
+                self.do(letters.replay([*(job.message.id for job in jobs), "no-such-job"]))
+            return
+        assert self.do(letters.replay(which) if verb == "replay" else letters.purge(which)) == len(jobs)
+        for job in jobs:
+            if verb == "replay":
                 job.attempts = job.crashes = job.releases = 0
                 job.replays += 1
                 self.to_the_back(job)
             else:
                 del self.jobs[job.message.id]
-
-    @rule(job_id=ids)
-    def look_for(self, job_id: JobId) -> None:
-        job = self.jobs.get(job_id)
-        looking = self.backend.dead_letters(QUEUE).get(job_id)
-        if job is None or job.state != "dead":
-            with pytest.raises(JobNotFound):
-                self.do(looking)
-            return
-        record = self.do(looking)
-        assert (record.message, record.reason, record.replays) == (job.message, job.reason, job.replays)
-        assert (record.attempts, record.crashes, record.releases, record.number) == (
-            job.attempts,
-            job.crashes,
-            job.releases,
-            job.number,
-        )
-        assert [error.message for error in record.errors] == job.errors[-10:]
 
     # what always holds
 
@@ -430,8 +410,7 @@ class Jobs(RuleBasedStateMachine):
             return  # not yet declared
         due = sum(job.due <= self.clock.time for job in self.those("scheduled"))
         lapsed = len(self.lapsed())
-        depth = self.do(self.backend.depth(QUEUE))
-        assert depth == Depth(
+        assert self.do(self.backend.depth(QUEUE)) == Depth(
             len(self.those("ready")) + due + lapsed,
             len(self.those("scheduled")) - due,
             len(self.those("leased")) - lapsed,
@@ -445,14 +424,25 @@ class Jobs(RuleBasedStateMachine):
         records = self.do(self.backend.dead_letters(QUEUE).list(DeadFilter(), limit=1000)).records
         died = [record.died_at for record in records]
         assert died == sorted(died, reverse=True)
-        assert sorted(record.message.id for record in records) == sorted(job.message.id for job in self.those("dead"))
+        assert len(records) == len(self.those("dead"))
+        for record in records:
+            job = self.jobs[record.message.id]
+            assert job.state == "dead"
+            assert (record.message, record.reason, record.replays) == (job.message, job.reason, job.replays)
+            assert (record.attempts, record.crashes, record.releases, record.number) == (
+                job.attempts,
+                job.crashes,
+                job.releases,
+                job.number,
+            )
+            assert [error.message for error in record.errors] == job.errors[-10:]
 
     @invariant()
-    def a_delivery_is_marked_as_lost_only_where_it_is(self) -> None:
+    def no_delivery_is_lost_that_is_held(self) -> None:
         for job in self.those("leased"):
             assert job.delivery is not None
             assert not job.delivery.lost
 
 
 TestJobs = Jobs.TestCase
-TestJobs.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, print_blob=True)
+TestJobs.settings = settings(max_examples=200, stateful_step_count=50, deadline=None, print_blob=True)

@@ -51,7 +51,7 @@ class Background:
         future: Future[R] = Future()
 
         def begin() -> None:  # the coroutine is made on the loop: Ctrl-C cannot come between its making and its task
-            loop.create_task(function()).add_done_callback(partial(_pass_on, future))
+            loop.create_task(_awaited(function)).add_done_callback(partial(_pass_on, future))
 
         # A third of the time of a call through the portal, which is there for the loop's start and end.
         loop.call_soon_threadsafe(begin)
@@ -115,6 +115,10 @@ class Background:
     async def _close_all(self) -> None:
         for close in self._closing[::-1]:
             await close()
+
+
+async def _awaited(function: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    return await function()  # in the task, so that what it raises before its first await reaches the caller as well
 
 
 def _pass_on(future: "Future[R]", task: "asyncio.Task[R]") -> None:
