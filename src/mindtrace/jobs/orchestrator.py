@@ -66,6 +66,7 @@ class AsyncOrchestrator:
         check_options(self._require, payload_limit)
         self.payload_limit: int = payload_limit
         self.schemas: dict[str, JobSchema[Any, Any]] = {}
+        self._by_queue: dict[str, list[JobSchema[Any, Any]]] = {}
         self._listeners = tuple(listeners)
 
     async def __aenter__(self) -> Self:
@@ -116,7 +117,9 @@ class AsyncOrchestrator:
         if known is not None and not known.same_as(schema):
             raise ConfigError(f"a different schema {schema.name!r} is registered: give one of them another name")
         await self.backend.declare(QueueSpec(schema.queue), attach=True)
-        self.schemas[schema.name] = schema
+        if schema.name not in self.schemas:
+            self._by_queue.setdefault(schema.queue, []).append(schema)
+            self.schemas[schema.name] = schema
         return schema.queue
 
     async def declare(self, spec: QueueSpec) -> None:
@@ -201,7 +204,7 @@ class AsyncOrchestrator:
             QueueFull: its `max_length` is reached.
             BackendUnavailable: no broker; `maybe_published` says if it may be stored all the same.
         """
-        options = _Options(delay, at, priority, timeout, retry, headers)
+        options = _options(delay, at, priority, timeout, retry, headers)
         message, schema_name = self._message(queue_name, job, options, job_id)
         [outcome] = await self.backend.publish(queue_name, [message])
         if isinstance(outcome, JobsError):
@@ -231,7 +234,7 @@ class AsyncOrchestrator:
             PublishIncomplete: some are stored and some are not, or may not be: which, and why.
             JobsError: as `publish`, where none is stored and all have the same reason.
         """
-        options = _Options(delay, at, priority, timeout, retry, headers)
+        options = _options(delay, at, priority, timeout, retry, headers)
         messages = [self._message(queue_name, job, options, None) for job in jobs]
         outcomes: list[Published] = []
         for start in range(0, len(messages), BATCH):
@@ -318,7 +321,7 @@ class AsyncOrchestrator:
         return Message(identity, body, priority, options.delay, options.at, crash_limit), schema_name
 
     def _schema_for(self, queue: str, job: BaseModel | Mapping[str, Any]) -> JobSchema[Any, Any]:
-        schemas = [schema for schema in self.schemas.values() if schema.queue == queue]
+        schemas = self._by_queue.get(queue, [])
         if len(schemas) > 1:
             schemas = [schema for schema in schemas if type(job) is schema.input]
         if len(schemas) != 1:
@@ -378,6 +381,22 @@ class _Options:
         if self.at is not None:
             return self.at.timestamp()
         return now + self.delay if self.delay else None
+
+
+_NOTHING_GIVEN = (None,) * 6
+_NO_OPTIONS = _Options(None, None, None, None, None, None)
+
+
+def _options(
+    delay: float | None,
+    at: datetime | None,
+    priority: int | None,
+    timeout: float | None,
+    retry: RetryPolicy | int | Literal[False] | None,
+    headers: Mapping[str, str] | None,
+) -> _Options:
+    given = (delay, at, priority, timeout, retry, headers)
+    return _NO_OPTIONS if given == _NOTHING_GIVEN else _Options(*given)  # nearly all calls give none
 
 
 def _is_aware(at: object) -> bool:

@@ -88,9 +88,10 @@ class Worker:
         listeners: told of each start and settlement.
         name: of this worker, in records and logs.
         random: the source of the jitter.
+        threads: where blocking runs are executed; daemon threads of its own, `concurrency` of them, unless given.
 
     Raises:
-        ConfigError: a value is out of its range, or two consumers run the same kind.
+        ConfigError: a value is out of its range.
     """
 
     def __init__(
