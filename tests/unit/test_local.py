@@ -394,11 +394,13 @@ async def test_all_who_wait_for_a_queue_hear_of_its_end(backend: LocalBackend) -
         assert [type(task.exception()) for task in tasks] == [QueueNotFound, QueueNotFound]
 
 
-async def test_one_who_waits_while_its_receiver_is_left_hears_of_it(backend: LocalBackend) -> None:
-    async with backend.receiver([QUEUE]) as receiver:
-        task = await waiting(receiver)
-    await settled()
-    assert isinstance(task.exception(), Closed)
+@pytest.mark.parametrize("closing", [False, True])
+async def test_one_who_waits_while_its_receiver_ends_hears_of_it(backend: LocalBackend, closing: bool) -> None:
+    async with AsyncExitStack() as stack:
+        task = await waiting(await stack.enter_async_context(backend.receiver([QUEUE])))
+        await (backend.aclose() if closing else stack.aclose())
+        await settled()
+        assert isinstance(task.exception(), Closed)
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------

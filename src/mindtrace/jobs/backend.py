@@ -91,7 +91,7 @@ class Traits:
         deduplicates: a known id is stored once.
         fences: a stale settlement is refused by the broker, and `number` never repeats.
         keeps_place: `Release` and a lost lease return a job to its old place.
-        atomic_batch: a batch (of up to 500) is stored whole or not at all.
+        atomic_batch: what of a batch (of up to 500) can be stored is stored in one step, or, in a full queue, none of it.
         lookup: jobs can be looked up by id.
     """
 
