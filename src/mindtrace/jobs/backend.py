@@ -91,7 +91,7 @@ class Traits:
         deduplicates: a known id is stored once.
         fences: a stale settlement is refused by the broker, and `number` never repeats.
         keeps_place: `Release` and a lost lease return a job to its old place.
-        atomic_batch: what of a batch (of up to 500) can be stored is stored in one step, or, in a full queue, none of it.
+        atomic_batch: of a batch (of up to 500) all that can be stored is stored in one step; in a full queue nothing.
         lookup: jobs can be looked up by id.
     """
 
@@ -283,6 +283,7 @@ class Home:
         self._what = what
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
+        self._breaths = 0
 
     def move_in(self) -> bool:
         """The running loop is home from now on. Returns whether it was not before.
@@ -305,6 +306,12 @@ class Home:
             self.check()
         self._loop = None
         return True
+
+    async def breathe(self) -> None:
+        """Let the loop turn, every 64th time: calls that never wait would keep everything else from running."""
+        self._breaths += 1
+        if not self._breaths % 64:
+            await asyncio.sleep(0)
 
     def check(self) -> None:
         """Raises `Closed`, `ForkedProcess` or, from another loop, `ConfigError`."""

@@ -51,7 +51,7 @@ class Background:
         future: Future[R] = Future()
 
         def begin() -> None:  # the coroutine is made on the loop: Ctrl-C cannot come between its making and its task
-            loop.create_task(_awaited(function)).add_done_callback(partial(_pass_on, future))
+            loop.create_task(_answered(function, future)).add_done_callback(lambda _: future.cancel())
 
         # A third of the time of a call through the portal, which is there for the loop's start and end.
         loop.call_soon_threadsafe(begin)
@@ -105,9 +105,7 @@ class Background:
         with self._lock:
             if self._loop is None:
                 found: Future[tuple[BlockingPortal, asyncio.AbstractEventLoop]] = Future()
-                self._thread = threading.Thread(
-                    target=anyio.run, args=(_serve, found), name="mindtrace-jobs", daemon=True
-                )
+                self._thread = threading.Thread(target=_run, args=(found,), name="mindtrace-jobs", daemon=True)
                 self._thread.start()
                 self._portal, self._loop = found.result()
             return self._loop
@@ -117,18 +115,14 @@ class Background:
             await close()
 
 
-async def _awaited(function: Callable[[], Coroutine[Any, Any, R]]) -> R:
-    return await function()  # in the task, so that what it raises before its first await reaches the caller as well
-
-
-def _pass_on(future: "Future[R]", task: "asyncio.Task[R]") -> None:
-    if task.cancelled():
+async def _answered(function: Callable[[], Coroutine[Any, Any, R]], future: "Future[R]") -> None:
+    try:
+        future.set_result(await function())
+    except asyncio.CancelledError:  # the loop ends
         future.cancel()
-        future.set_running_or_notify_cancel()
-    elif (error := task.exception()) is not None:
+        raise
+    except BaseException as error:  # a SystemExit, of a listener say, must not stop the loop under everyone
         future.set_exception(error)
-    else:
-        future.set_result(task.result())
 
 
 def _frames_of_ours() -> int:
@@ -137,6 +131,15 @@ def _frames_of_ours() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").startswith("mindtrace.jobs."):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _run(found: "Future[tuple[BlockingPortal, asyncio.AbstractEventLoop]]") -> None:
+    try:
+        anyio.run(_serve, found)
+    except BaseException as error:  # told to who waits for the loop, who would wait for ever
+        if found.done():
+            raise
+        found.set_exception(error)
 
 
 async def _serve(found: "Future[tuple[BlockingPortal, asyncio.AbstractEventLoop]]") -> None:

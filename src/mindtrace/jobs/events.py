@@ -1,5 +1,6 @@
 """What a listener is told, and how."""
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -61,9 +62,15 @@ Listener: TypeAlias = Callable[[Event], Awaitable[None] | None]
 async def told(listeners: Sequence[Listener], event: Event) -> None:
     """Tell each in turn; what one raises is logged, and nothing else comes of it."""
     for listener in listeners:
+        task = asyncio.current_task()
+        asked = task.cancelling() if task is not None else 0
         try:
             answer = listener(event)
             if inspect.isawaitable(answer):
                 await answer
+        except asyncio.CancelledError:
+            if task is None or task.cancelling() > asked:
+                raise  # it is we who are cancelled
+            _log.warning("a listener cancelled itself on %s", type(event).__name__)
         except Exception:  # the listener's own failure
             _log.exception("a listener failed on %s", type(event).__name__)

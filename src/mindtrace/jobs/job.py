@@ -9,9 +9,20 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, cast, overload
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    RootModel,
+    SecretBytes,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import to_json
 
 from mindtrace.jobs.errors import ConfigError, InputInvalid, Refused
 from mindtrace.jobs.retry import RetryPolicy, is_seconds, is_whole
@@ -186,7 +197,7 @@ class JobSchema(Generic[In, Out]):
             parsed(model, values)  # what is sent has to be what the worker can read
         except ValidationError as error:
             raise InputInvalid(self.name, field_errors(error)) from None  # the cause would show the values
-        except (ValueError, RecursionError, PydanticSerializationError) as error:
+        except Exception as error:  # validators and serializers are the user's code
             found = {"type": "json", "loc": (), "msg": f"it cannot be written as JSON ({type(error).__name__})"}
             raise InputInvalid(self.name, [found]) from None
         return values
@@ -202,6 +213,8 @@ class JobSchema(Generic[In, Out]):
             return parsed(model, data)
         except ValidationError as error:
             raise Refused("input_invalid", str(InputInvalid(self.name, field_errors(error)))) from None
+        except Exception as error:  # a validator is the user's code
+            raise Refused("input_invalid", f"the input model of {self.name!r} raised {type(error).__name__}") from None
 
     def _facts(self) -> tuple[object, ...]:
         takes: Any = self.input
@@ -263,8 +276,10 @@ def parsed(model: type[Model], data: object) -> Model:
     return model.model_validate_json(to_json(dict(cast(Mapping[str, Any], data))))
 
 
-def as_read(instance: BaseModel) -> dict[str, Any]:
+def as_read(instance: BaseModel) -> Any:
     """The instance's fields under the names that its model reads them by."""
+    if isinstance(instance, RootModel):
+        return cast(Any, instance).root
     fields = type(instance).model_fields
     return {_read_name(name, fields[name]) if name in fields else name: value for name, value in vars(instance).items()}
 
@@ -282,6 +297,8 @@ def dumped(instance: BaseModel, *, by_alias: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: it holds what JSON cannot carry.
     """
+    if any(isinstance(value, SecretStr | SecretBytes) for value in vars(instance).values()):
+        raise ValueError("a secret, which is masked when it is written: send where to find it")
     dump = instance.__pydantic_serializer__.to_python
     values: Any = dump(instance, mode="json", by_alias=by_alias, round_trip=True, warnings=False)
     if not isinstance(values, dict):

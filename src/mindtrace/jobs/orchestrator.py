@@ -1,5 +1,6 @@
 """`AsyncOrchestrator`: schemas, publish, receive, and the administration of queues."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -117,9 +118,9 @@ class AsyncOrchestrator:
         if known is not None and not known.same_as(schema):
             raise ConfigError(f"a different schema {schema.name!r} is registered: give one of them another name")
         await self.backend.declare(QueueSpec(schema.queue), attach=True)
-        if schema.name not in self.schemas:
-            self._by_queue.setdefault(schema.queue, []).append(schema)
-            self.schemas[schema.name] = schema
+        beside = [other for other in self._by_queue.get(schema.queue, []) if other.name != schema.name]
+        self._by_queue[schema.queue] = [*beside, schema]
+        self.schemas[schema.name] = schema  # the newest classes count: a cell of a notebook is run twice
         return schema.queue
 
     async def declare(self, spec: QueueSpec) -> None:
@@ -239,6 +240,7 @@ class AsyncOrchestrator:
         outcomes: list[Published] = []
         for start in range(0, len(messages), BATCH):
             outcomes += await self.backend.publish(queue_name, [m for m, _ in messages[start : start + BATCH]])
+            await asyncio.sleep(0)
         failures = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, JobsError)}
         if failures:
             first = next(iter(failures.values()))

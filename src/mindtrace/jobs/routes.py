@@ -79,8 +79,9 @@ class Route:
             if isinstance(returned, model):
                 returned = as_read(returned)  # checked anew: what is set on a model later is not validated
             model.model_validate(returned)
-        except ValidationError as error:
-            text = f"the result does not fit the schema {schema.name!r}: {described(field_errors(error))}"
+        except Exception as error:  # a validator is the user's code, and the run is over: it must not run again
+            found = described(field_errors(error)) if isinstance(error, ValidationError) else type(error).__name__
+            text = f"the result does not fit the schema {schema.name!r}: {found}"
             if schema.validate_output == "error":
                 raise Refused("output_invalid", text) from None
             _log.warning("job %s: %s", envelope.id, text)

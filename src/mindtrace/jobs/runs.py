@@ -77,6 +77,7 @@ class Run:
                 raise outcome.error
             returned = outcome.value
             if inspect.isawaitable(returned):  # a coroutine function in disguise: not awaited, it would never run
+                self.thread = None  # from here on it is cancelled as any coroutine is
                 returned = await returned
         route.check_output(self.envelope, returned)
         return _DONE
@@ -190,7 +191,8 @@ class Runs:
                 run.job.deadline = time.monotonic() + run.timeout
                 if run.job.deadline < self._alarm_at:
                     self._set_alarm(run.job.deadline)
-            end = await run.perform(self._threads)
+            if not run.delivery.lost:  # while the listeners were told, say
+                end = await run.perform(self._threads)
         except asyncio.CancelledError as error:
             end = self._cancelled(run, error)
         except KeyboardInterrupt as error:
@@ -245,19 +247,21 @@ class Runs:
 
     def _abandon(self, run: Run) -> None:
         """Settle a run that has not ended: its slot stays taken until it does."""
-        if run.ended:
+        if run.ended or run.stuck:
             return
         job_id, extra = run.envelope.id, about(run.delivery, self._worker, run.envelope.schema_name)
-        _log.error("job %s does not end though its time is over; its slot stays taken", job_id, extra=extra)
+        _log.error("job %s does not end though it should; its slot stays taken", job_id, extra=extra)
         run.stuck = True
         self.stuck += 1
         if not run.settled:
-            self._settle(run, RunTimeout(run.timeout))
+            self._settle(run, None if run.job.lease_lost else RunTimeout(run.timeout))
 
     def _cancel(self, run: Run, cause: Literal["stop", "lost"]) -> None:
         if run.ended:
             return
         run.cause, run.job.cancelled = run.cause or cause, True
+        if cause == "lost":
+            asyncio.get_running_loop().call_later(self._grace, self._abandon, run)
         if run.thread is not None or run.task is None:
             return  # a thread has been told by the flag, and keeps its slot until it returns
         run.task.cancel()
@@ -283,7 +287,7 @@ class Runs:
         """Decide, once. None hands the job back."""
         run.settled = True
         if end is None:
-            self.released += not run.job.lease_lost
+            self.released += not run.delivery.lost
             settlement: Settlement = Release()
         else:
             settlement = settlement_for(run.delivery, end, run.route.policy_for(run.envelope), self._random)

@@ -96,8 +96,12 @@ class LocalClient:
     def close(self) -> None:
         """Close the backend; the next call opens it again, with the jobs it has."""
         if self._is_open and self._pid == os.getpid():
-            self._is_open = False
-            background.call(self._backend.aclose)
+            background.call(self._close)
+
+    async def _close(self) -> None:
+        self._is_open = False
+        background.not_at_exit(self._backend.aclose)
+        await self._backend.aclose()
 
     async def _open(self) -> None:
         # On the background loop, and so never twice at once, without a lock that a fork could leave locked.
@@ -156,15 +160,24 @@ class Orchestrator(_Face):
     @property
     def twin(self) -> AsyncOrchestrator:
         """The async counterpart, on the background loop of this process."""
-        backend = self.backend.backend
-        twin = self._twin
+        backend, twin = self.backend.backend, self._twin
         if twin is None or twin.backend is not backend:  # the first call, or the first in a forked child
-            fresh = AsyncOrchestrator(
-                backend, require=self._require, payload_limit=self._payload_limit, listeners=self._listeners
-            )
-            schemas = [] if twin is None else list(twin.schemas.values())
-            background.call(lambda: _begin(fresh, schemas))
-            self._twin = twin = fresh
+            return background.call(lambda: self._begin(backend))
+        return twin
+
+    async def _begin(self, backend: LocalBackend) -> AsyncOrchestrator:
+        # On the loop, where several first calls at once come one after the other; and what they register is kept.
+        old = self._twin
+        if old is not None and old.backend is backend:
+            return old
+        twin = AsyncOrchestrator(
+            backend, require=self._require, payload_limit=self._payload_limit, listeners=self._listeners
+        )
+        twin.check_traits()
+        self._twin = twin
+        if old is not None:
+            for schema in list(old.schemas.values()):
+                await twin.register(schema)
         return twin
 
     register: Final = blocking(AsyncOrchestrator.register)
@@ -185,12 +198,6 @@ class Orchestrator(_Face):
     def create_consumer_backend_for_schema(self, schema: JobSchema[Any, Any]) -> "ConsumerBackendBase":
         """What drives a consumer of this schema on this orchestrator's backend."""
         return LocalConsumerBackend(schema.queue, self)
-
-
-async def _begin(orchestrator: AsyncOrchestrator, schemas: Sequence[JobSchema[Any, Any]]) -> None:
-    orchestrator.check_traits()
-    for schema in schemas:
-        await orchestrator.register(schema)
 
 
 class ConsumerBackendBase:

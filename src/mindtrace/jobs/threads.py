@@ -69,11 +69,12 @@ class ThreadPool:
         """Have it run in a thread of the pool."""
         loop = asyncio.get_running_loop()
         call = _Call(function, loop, loop.create_future())
+        if self._threads < min(self._busy + 1, self._size):
+            # Counted once it runs: if there are no more threads to be had, this one call fails and the next one tries.
+            threading.Thread(target=self._serve, name=f"{self._name}-{self._threads + 1}", daemon=True).start()
+            self._threads += 1
         self._busy += 1
         call.future.add_done_callback(self._one_less)
-        if self._threads < min(self._busy, self._size):
-            self._threads += 1
-            threading.Thread(target=self._serve, name=f"{self._name}-{self._threads}", daemon=True).start()
         self._calls.put(call)
         return call.future
 

@@ -159,6 +159,7 @@ class Worker:
         self._connected, self._turned = True, time.monotonic()
         self._ready = asyncio.Event()
         self._main: asyncio.Task[Any] | None = None
+        self._cancels = 0  # that its task had swallowed before
         self._group: asyncio.TaskGroup | None = None
         self._embedded: asyncio.Task[None] | None = None
 
@@ -250,6 +251,7 @@ class Worker:
         if self._main is not None:
             raise Closed("a worker runs once: make a new one")
         self._main = asyncio.current_task()
+        self._cancels = self._main.cancelling() if self._main is not None else 0
         await self._routes.lay()
         try:
             async with self.orchestrator.backend.receiver(
@@ -300,13 +302,17 @@ class Worker:
                 continue
             failures = 0
             self._connected, self._turned = True, time.monotonic()
+            if exchanged.deliveries:
+                await self._begin(receiver, exchanged.deliveries)
+                if self._runs.finished:
+                    await asyncio.sleep(0)  # what is refused unrun would keep the loop for as long as there is more
             if finished:
                 await self._account(finished, exchanged.settled)
             if exchanged.missing:
                 raise QueueNotFound(exchanged.missing[0])
             if exchanged.deliveries:
-                await self._begin(receiver, exchanged.deliveries)
-            elif self._until_idle and room > 0 and not (stopping or finished or self._runs or self._runs.finished):
+                continue
+            if self._until_idle and room > 0 and not (stopping or finished or self._runs or self._runs.finished):
                 self.stop()  # there was room for a job, and there was none
 
     def _room(self) -> int:
@@ -318,7 +324,7 @@ class Worker:
 
     async def _begin(self, receiver: Receiver, deliveries: list[Delivery]) -> None:
         """Start them; but first settle what must not be in flight beside them."""
-        first: list[tuple[Delivery, Settlement]] = []
+        first: list[Finished] = []
         runs: list[Run] = []
         suspect = self._runs.any(_is_suspect)
         self._taken += len(deliveries)
@@ -326,7 +332,7 @@ class Worker:
             if _is_suspect(delivery):
                 if suspect:
                     # A poison job returns beside the jobs it took down: run together again, they would die with it.
-                    first.append((delivery, Release(1.0)))
+                    first.append(Finished(delivery, Release(1.0)))
                     self._taken -= 1
                     continue
                 suspect = True
@@ -337,18 +343,18 @@ class Worker:
                 continue
             runs.append(Run(delivery, route, envelope))
             if route.consumer.ack == "early":
-                first.append((delivery, Done()))
+                first.append(Finished(delivery, Done(), envelope.schema_name))
         gone = await self._settle_first(receiver, first) if first else frozenset[Delivery]()
         for run in runs:
-            if run.delivery not in gone:
+            if run.delivery not in gone and not run.delivery.lost:
                 run.settled = run.route.consumer.ack == "early"
                 self._runs.start(run)
 
-    async def _settle_first(self, receiver: Receiver, pairs: list[tuple[Delivery, Settlement]]) -> frozenset[Delivery]:
+    async def _settle_first(self, receiver: Receiver, first: list[Finished]) -> frozenset[Delivery]:
         """Settle before anything is run. Returns those for which that failed: they are not to be run."""
-        settled = (await receiver.exchange(pairs, 0)).settled
-        await self._account([Finished(delivery, settlement) for delivery, settlement in pairs], settled)
-        return frozenset(delivery for (delivery, _), answer in zip(pairs, settled, strict=True) if answer is not None)
+        settled = (await receiver.exchange([(f.delivery, f.settlement) for f in first], 0)).settled
+        await self._account(first, settled)
+        return frozenset(f.delivery for f, answer in zip(first, settled, strict=True) if answer is not None)
 
     async def _account(self, finished: Sequence[Finished], settled: Sequence[Settled]) -> None:
         """Count, log and tell how deliveries have ended."""
@@ -426,7 +432,7 @@ class Worker:
 
     def _is_ending(self) -> bool:
         # A loop that is shutting down cancels us all at once, without a word to the worker.
-        return self._main is not None and self._main.cancelling() > 0
+        return self._main is not None and self._main.cancelling() > self._cancels
 
     def _log_start(self) -> None:
         timeout = "no timeout" if self._timeout == math.inf else f"timeout {self._timeout:g} s"

@@ -119,13 +119,11 @@ class LocalBackend(Backend):
         found = self._queues.get(queue)
         if found is None:
             return [QueueNotFound(queue) for _ in messages]
-        if len(messages) <= BATCH:
-            return found.publish(messages)
-        return [
-            outcome
-            for start in range(0, len(messages), BATCH)
-            for outcome in found.publish(messages[start : start + BATCH])
-        ]
+        outcomes: list[Published] = []
+        for start in range(0, len(messages), BATCH):
+            outcomes += found.publish(messages[start : start + BATCH])
+        await self._home.breathe()  # after it is stored, or a later call could overtake it
+        return outcomes
 
     @asynccontextmanager
     async def receiver(

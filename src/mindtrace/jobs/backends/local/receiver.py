@@ -62,6 +62,8 @@ class LocalReceiver(Receiver):
                 return Exchanged(settled, [])
             raise Closed("the receiver was left, or its backend closed")
         self._home.check()
+        if not pairs:  # with pairs it must not: a cancellation would lose what they say
+            await self._home.breathe()
         deliveries, missing = self._take(limit)
         if not (pairs or deliveries or missing) and wait > 0:
             until = self._clock.now() + wait
@@ -173,7 +175,8 @@ class LocalReceiver(Receiver):
 
     async def _wait(self, limit: int, until: float) -> None:
         """Until the bell, a nudge, the next due job or `until`."""
-        queues = [queue for name in self._names if limit > 0 and (queue := self._queues.get(name)) is not None]
+        has_room = limit > 0 and self._slots > len(self.held)  # a full one would pass its rings on for ever
+        queues = [queue for name in self._names if has_room and (queue := self._queues.get(name)) is not None]
         until = min([until, self._clock.now() + _LOOK, *(queue.next_change() for queue in queues)])
         self._bell = bell = self._loop.create_future()
         for queue in queues:
