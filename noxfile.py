@@ -239,7 +239,7 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
     @nox.session
     def bench(session: nox.Session) -> None:
         """Measure, then compare with the hand-written loops; words after -- go to `mindtrace-jobs bench`."""
-        install(session, "-e", ".", *group("bench"))
+        install(session, "-e", ".")
         session.run("mindtrace-jobs", "bench", *session.posargs, interrupt_timeout=STOPPING)
         session.run("python", "tests/bench/compare.py", interrupt_timeout=STOPPING)
 

@@ -184,8 +184,9 @@ class CleansUp(Consumer):
             await asyncio.Event().wait()
         finally:
             print("cleans up")
-            await asyncio.to_thread(sys.stdin.readline)
+            await asyncio.to_thread(released.wait)
 
+released = threading.Event()
 orchestrator = an_orchestrator()
 orchestrator.publish("orders", Order())
 try:
@@ -193,6 +194,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 sys.stdin.readline()
+released.set()
 while orchestrator.depth("orders").leased:
     pass
 print("handled", connected(Prints, orchestrator).consume(num_messages=1))
@@ -202,7 +204,6 @@ print("handled", connected(Prints, orchestrator).consume(num_messages=1))
     program.interrupt()
     assert program.line() == "cleans up"
     program.interrupt()
-    program.say()
     program.say()
     assert program.rest() == ["interrupted", "runs tea 1", "handled 1"]
     assert program.ends_well()

@@ -155,7 +155,8 @@ class Receiver(Protocol):
         """End deliveries, each in one atomic step.
 
         Returns:
-            one per pair, in order: None, or the `LeaseLost` that says nothing was changed.
+            one per pair, in order: None; the `LeaseLost` that says nothing was changed; `BackendUnavailable` for one
+            that got no answer.
 
         Raises:
             BackendUnavailable: the broker gave no answer to any; the leases decide.

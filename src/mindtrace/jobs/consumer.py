@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -69,7 +69,6 @@ class Calls:
     is_async: bool = False
     input: type[BaseModel] | None = None
     output: type[BaseModel] | None = None
-    problems: tuple[str, ...] = field(default=())
 
 
 def _check_options(cls: "type[AnyConsumer[Any, Any]]") -> None:

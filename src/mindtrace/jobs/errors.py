@@ -1,14 +1,14 @@
 """Every exception we raise, one tree under `JobsError`; and the signals a job raises to steer itself.
 
 Errors are grouped by what the caller can do. Each says so in two facts: `retryable` (the same call may succeed later)
-and `outcome`, what became of the call: certainly `not_done`, certainly `done`, or `unknown`. Further facts are
+and `outcome`, what became of the call: certainly `not_done`, or `unknown`. Further facts are
 attributes named like the constructor's arguments. No text and no attribute holds a payload, a password or a full URL.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-Outcome = Literal["not_done", "done", "unknown"]
+Outcome = Literal["not_done", "unknown"]
 
 
 class JobsError(Exception):
@@ -145,7 +145,7 @@ class PublishIncomplete(JobsError):
 
     @property
     def outcome(self) -> Outcome:
-        """`unknown` if that of any job is, since some of the batch may be stored."""
+        """`unknown` if some are stored, or may be; else `not_done`."""
         unknown = any(error.outcome == "unknown" for error in self.failures.values())
         return "unknown" if unknown or self.ids else "not_done"
 

@@ -63,7 +63,7 @@ class AsyncOrchestrator:
         listeners: Sequence[Listener] = (),
     ) -> None:
         self.backend: Backend = backend
-        self._require = frozenset(require)
+        self._require = frozenset([require] if isinstance(require, str) else require)
         check_options(self._require, payload_limit)
         self.payload_limit: int = payload_limit
         self.schemas: dict[str, JobSchema[Any, Any]] = {}

@@ -152,8 +152,11 @@ class Orchestrator(_Face):
         payload_limit: int = PAYLOAD_LIMIT,
         listeners: Sequence[Listener] = (),
     ) -> None:
+        if not isinstance(backend, LocalClient):  # pyright: ignore[reportUnnecessaryIsInstance] (an async backend, say)
+            raise ConfigError(f"backend={backend!r}: a client, such as LocalClient()")
         self.backend: LocalClient = backend
-        self._require, self._payload_limit, self._listeners = frozenset(require), payload_limit, tuple(listeners)
+        self._require = frozenset([require] if isinstance(require, str) else require)
+        self._payload_limit, self._listeners = payload_limit, tuple(listeners)
         check_options(self._require, payload_limit)
         self._twin: AsyncOrchestrator | None = None
 

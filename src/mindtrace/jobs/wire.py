@@ -44,9 +44,9 @@ ENVELOPE_EXTRA = 64 * 1024
 HEADERS_LIMIT = 8 * 1024
 DEPTH_LIMIT = 64
 """Levels of nesting of an input, itself the first."""
-_DIGITS_LIMIT = (
-    4300  # Python's own for text to int (sys.int_info.default_max_str_digits): beyond it no worker could read it
-)
+# One less than Python's own limit for text to int (sys.int_info.default_max_str_digits), beyond which no worker could
+# read it: an older pydantic counts the sign as a digit.
+_DIGITS_LIMIT = 4299
 _WIDEST_INT = 10**_DIGITS_LIMIT
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _KEYS = frozenset(
@@ -97,7 +97,7 @@ def encode(envelope: Envelope, payload_limit: int = PAYLOAD_LIMIT) -> bytes:
 
     Raises:
         InputInvalid: the input holds what JSON cannot carry: NaN or an infinity, a lone surrogate, more than 64 levels,
-            an integer of more than 4,300 digits.
+            an integer of more than 4,299 digits.
         PayloadTooLarge: the input, the headers or the whole is over its limit.
         ConfigError: the headers are not text to text, or the retry policy holds what cannot travel.
     """
@@ -130,10 +130,8 @@ def encode(envelope: Envelope, payload_limit: int = PAYLOAD_LIMIT) -> bytes:
         head = to_json(frame)
     except PydanticSerializationError as error:
         raise ConfigError(f"the job's name is not UTF-8 text: {_without_values(error)}") from error
-    body = b'%b,"input":%b}' % (
-        head[:-1],
-        payload,
-    )  # spliced, so that the payload is written once and its size is known
+    # Spliced, so that the payload is written once and its size is known.
+    body = b'%b,"input":%b}' % (head[:-1], payload)
     if len(body) > payload_limit + ENVELOPE_EXTRA:
         raise PayloadTooLarge("envelope", len(body), payload_limit + ENVELOPE_EXTRA)
     return body
