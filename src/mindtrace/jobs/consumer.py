@@ -151,6 +151,18 @@ class AnyConsumer(Generic[In, Out]):
             return None
         return math.inf if cls.timeout is None else cls.timeout
 
+    def check(self) -> None:
+        """Nothing, if it can be put to work.
+
+        Raises:
+            ConfigError: it has neither `run` nor `handle`, or no name.
+        """
+        kind = type(self).__name__
+        if self.calls.method is None:
+            raise ConfigError(f"{kind} has neither run nor handle: write one of them")
+        if not self.job_type_name:
+            raise ConfigError(f"{kind} has no name: {kind}('name of the schema or queue')")
+
     def schema(self) -> JobSchema[Any, Any] | None:
         """The schema that a typed consumer's own models make; None for a plain one."""
         if self.calls.input is None:

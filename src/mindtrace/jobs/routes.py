@@ -158,11 +158,8 @@ class Routes:
         raise UnknownSchema(envelope.schema_name, time.time() - due / 1000, self._unknown_ttl)
 
     async def _route(self, consumer: AnyConsumer[Any, Any]) -> Route:
-        kind, method = type(consumer).__name__, consumer.calls.method
-        if method is None:
-            raise ConfigError(f"{kind} has neither run nor handle: write one of them")
-        if not consumer.job_type_name:
-            raise ConfigError(f"{kind} has no name: {kind}('name of the schema or queue')")
+        consumer.check()
+        kind, method = type(consumer).__name__, consumer.calls.method or ""
         schema = self._orchestrator.schemas.get(consumer.job_type_name)
         own = consumer.schema()
         if schema is None and own is not None:

@@ -307,8 +307,7 @@ class Consumer(AnyConsumer[In, Out]):
         """
         twin = orchestrator.twin
         schema, own = twin.schemas.get(self.job_type_name), None
-        if self.calls.method is None:
-            raise ConfigError(f"{type(self).__name__} has neither run nor handle: write one of them")
+        self.check()
         if schema is None:
             own = self.schema()
             if own is not None:

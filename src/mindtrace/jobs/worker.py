@@ -171,7 +171,7 @@ class Worker:
         return self._runs.released
 
     async def run(self) -> int:
-        """Run until stopped, by `stop()`, a signal, `max_jobs` or `until_idle`.
+        """Run until stopped, by `stop()`, a signal, `max_jobs` or `until_idle`; once.
 
         In the main thread SIGTERM and SIGINT are taken meanwhile: the first drains, the second cancels what runs, the
         third ends the process at once.
@@ -180,6 +180,7 @@ class Worker:
             0 if every run ended by itself, 1 if some had to be cancelled and released: an exit status.
 
         Raises:
+            ConfigError: two consumers run the same kind, or one cannot be called.
             QueueNotFound: a queue was deleted under the worker.
             SystemExit: a job raised it; it counts as failed, and the worker has drained.
         """

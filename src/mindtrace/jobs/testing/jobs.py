@@ -193,13 +193,9 @@ class JobsTest(AsyncOrchestrator):
         Raises:
             ConfigError: it has neither `run` nor `handle`, or no name, or another consumer runs that kind.
         """
-        kind = type(consumer).__name__
         if not isinstance(consumer, AnyConsumer):  # pyright: ignore[reportUnnecessaryIsInstance] (a class, as a rule)
             raise ConfigError(f"connect({consumer!r}): an instance of an AsyncConsumer or Consumer class")
-        if consumer.calls.method is None:
-            raise ConfigError(f"{kind} has neither run nor handle: write one of them")
-        if not consumer.job_type_name:
-            raise ConfigError(f"{kind} has no name: {kind}('name of the schema or queue')")
+        consumer.check()
         if consumer.job_type_name in self._consumers:
             raise ConfigError(f"two consumers for {consumer.job_type_name!r} in one test")
         self._consumers[consumer.job_type_name] = consumer
