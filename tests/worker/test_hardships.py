@@ -234,8 +234,17 @@ async def test_a_secret_is_refused_and_not_sent_as_its_mask(orchestrator: AsyncO
     class Login(BaseModel):
         password: SecretStr
 
+    class Logins(BaseModel):
+        shown: str = "**********"  # no secret: a text may look like a mask
+        inner: list[Login] = []
+
     await orchestrator.register(JobSchema("login", Login))
-    for given in (Login(password=SecretStr("hunter2")), {"password": "hunter2"}):
+    await orchestrator.register(JobSchema("logins", Logins))
+    await orchestrator.publish("logins", Logins())
+    login = Login(password=SecretStr("hunter2"))
+    with pytest.raises(InputInvalid):
+        await orchestrator.publish("logins", Logins(inner=[login]))
+    for given in (login, {"password": "hunter2"}):
         with pytest.raises(InputInvalid) as refused:
             await orchestrator.publish("login", given)
         assert "hunter2" not in f"{refused.value} {refused.value.errors}"

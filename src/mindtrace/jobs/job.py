@@ -46,6 +46,7 @@ PRIORITY_RANGE = (-(2**31), 2**31 - 1)
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_MASK = str(SecretStr("x"))
 _RESERVED_SUFFIXES = (".dead", ".hold", ".bell")
 
 
@@ -297,36 +298,38 @@ def dumped(instance: BaseModel, *, by_alias: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: it holds what JSON cannot carry.
     """
-    if any(isinstance(value, SecretStr | SecretBytes) for value in vars(instance).values()):
-        raise ValueError("a secret, which is masked when it is written: send where to find it")
     dump = instance.__pydantic_serializer__.to_python
     values: Any = dump(instance, mode="json", by_alias=by_alias, round_trip=True, warnings=False)
     if not isinstance(values, dict):
         raise ValueError("no JSON object")
     found = cast(dict[str, Any], values)
-    if _has_null(found):  # NaN becomes null where the model says nothing of the type: look before that is done
-        _check_finite(dump(instance, mode="python", round_trip=True, warnings=False))
+    if _may_be_a_stand_in(found):
+        _check_carried(dump(instance, mode="python", round_trip=True, warnings=False))
     return found
 
 
-def _has_null(value: JsonValue) -> bool:
+def _may_be_a_stand_in(value: JsonValue) -> bool:
+    """Whether there is a null, as which an untyped NaN is written, or a mask, as which a secret is."""
     if isinstance(value, dict):
-        return any(_has_null(item) for item in value.values())
+        return any(_may_be_a_stand_in(item) for item in value.values())
     if isinstance(value, list):
-        return any(_has_null(item) for item in value)
-    return value is None
+        return any(_may_be_a_stand_in(item) for item in value)
+    return value is None or value == _MASK
 
 
-def _check_finite(value: Any) -> None:
+def _check_carried(value: Any) -> None:
+    """Refuse what JSON would carry as something else."""
+    if isinstance(value, SecretStr | SecretBytes):
+        raise ValueError("a secret, which is masked when it is written: send where to find it")
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("a number that is not finite")
     elif isinstance(value, Mapping):
         for item in list(cast(dict[Any, Any], value).values()):
-            _check_finite(item)
+            _check_carried(item)
     elif isinstance(value, list | tuple | set | frozenset):
         for item in cast(Iterable[Any], value):
-            _check_finite(item)
+            _check_carried(item)
 
 
 def field_errors(error: ValidationError) -> list[Mapping[str, Any]]:
