@@ -602,3 +602,24 @@ async def test_the_machines_clock_waits_as_long_as_it_is_asked_to() -> None:
         assert clock.now() >= when
         await clock.until(when)  # the past is over at once
     assert clock.wall().tzinfo is not None
+
+
+async def test_a_close_in_the_middle_of_any_receive_leaves_nothing_leased() -> None:
+    """A receive lets the loop turn now and then: whichever turn it is, a closed receiver takes nothing any more."""
+    for turns in range(64):
+        backend = LocalBackend()
+        await backend.open()
+        await backend.declare(QueueSpec("jobs"))
+        async with backend.receiver(["jobs"]) as receiver:
+            for _ in range(turns):
+                assert await receiver.receive(1) == []
+            await backend.publish("jobs", [Message(new_job_id(), b"{}")])
+            receiving = asyncio.create_task(receiver.receive(1))
+            await asyncio.sleep(0)
+            in_the_middle = not receiving.done()
+            await backend.aclose()
+            await asyncio.wait({receiving})
+            assert isinstance(receiving.exception(), Closed) is in_the_middle
+            await backend.open()
+            assert await backend.depth("jobs") == Depth(1, 0, 0, 0)
+        await backend.aclose()

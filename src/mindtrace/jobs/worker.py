@@ -305,13 +305,13 @@ class Worker:
             self._connected, self._turned = True, time.monotonic()
             if exchanged.deliveries:
                 await self._begin(receiver, exchanged.deliveries)
-                if self._runs.finished:
-                    await asyncio.sleep(0)  # what is refused unrun would keep the loop for as long as there is more
             if finished:
                 await self._account(finished, exchanged.settled)
             if exchanged.missing:
                 raise QueueNotFound(exchanged.missing[0])
             if exchanged.deliveries:
+                if self._runs.finished:
+                    await asyncio.sleep(0)  # what is refused unrun would keep the loop for as long as there is more
                 continue
             if self._until_idle and room > 0 and not (stopping or finished or self._runs or self._runs.finished):
                 self.stop()  # there was room for a job, and there was none

@@ -57,13 +57,13 @@ class LocalReceiver(Receiver):
     ) -> Exchanged:
         """Settle, then take; wait only where there was neither anything to settle nor anything to take."""
         settled: list[Settled] = [self._settle(delivery, settlement) for delivery, settlement in pairs]
+        if not pairs:  # with pairs it must not: a cancellation would lose what became of them
+            await self._home.breathe()
         if self._ended:
             if pairs:
                 return Exchanged(settled, [])
             raise Closed("the receiver was left, or its backend closed")
         self._home.check()
-        if not pairs:  # with pairs it must not: a cancellation would lose what they say
-            await self._home.breathe()
         deliveries, missing = self._take(limit)
         if not (pairs or deliveries or missing) and wait > 0:
             until = self._clock.now() + wait
@@ -115,7 +115,7 @@ class LocalReceiver(Receiver):
         """Release what is held, and be of no more use."""
         self._ended = True
         while self.held:
-            delivery, (queue, job) = self.held.popitem()  # the newest first: each goes to the front of its priority
+            delivery, (queue, job) = self.held.popitem()
             queue.settle(job, Release())
             self._tell_lost(delivery)
         if not self._loop.is_closed():
