@@ -2,11 +2,12 @@
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from mindtrace.jobs import Backend, QueueSpec
+from mindtrace.jobs import Backend, QueueSpec, RedisBackend
 from mindtrace.jobs.backends.local import LocalBackend
 
 
@@ -15,9 +16,19 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=[pytest.param("local", marks=pytest.mark.local)])
+BACKENDS = [
+    pytest.param("local", marks=pytest.mark.local),
+    pytest.param("redis", marks=[pytest.mark.redis, pytest.mark.uses_broker("redis")]),
+]
+
+
+@pytest.fixture(params=BACKENDS)
 async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    backend = LocalBackend()
+    """Each in turn; on a server in a namespace of the test's own."""
+    if request.param == "local":
+        backend: Backend = LocalBackend()
+    else:
+        backend = RedisBackend.from_url(request.getfixturevalue("redis_url"), namespace=f"t{secrets.token_hex(6)}")
     await backend.open()
     yield backend
     await backend.aclose()

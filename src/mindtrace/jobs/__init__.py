@@ -20,6 +20,8 @@ from mindtrace.jobs.delivery import (
     Settlement,
 )
 from mindtrace.jobs.errors import (
+    AuthenticationFailed,
+    BackendFull,
     BackendUnavailable,
     Closed,
     ConfigError,
@@ -42,6 +44,7 @@ from mindtrace.jobs.errors import (
     RetryLater,
     RunTimeout,
     Snooze,
+    UnsafeBackend,
     WouldDeadlock,
 )
 from mindtrace.jobs.events import Event, JobPublished, JobSettled, JobStarted, Listener
@@ -56,17 +59,22 @@ from mindtrace.jobs.sync import (
     LocalClient,
     LocalConsumerBackend,
     Orchestrator,
+    RedisClient,
+    RedisConsumerBackend,
 )
 from mindtrace.jobs.worker import Health, Worker
 
 if TYPE_CHECKING:
     from mindtrace.jobs.backends.local import LocalBackend as LocalBackend
+    from mindtrace.jobs.backends.redis import RedisBackend as RedisBackend
 
 __all__ = [
     "AsyncConsumer",
     "AsyncDeadLetters",
     "AsyncOrchestrator",
+    "AuthenticationFailed",
     "Backend",
+    "BackendFull",
     "BackendType",
     "BackendUnavailable",
     "Closed",
@@ -113,6 +121,9 @@ __all__ = [
     "QueueNotFound",
     "QueueSpec",
     "Receiver",
+    "RedisBackend",
+    "RedisClient",
+    "RedisConsumerBackend",
     "Reject",
     "Release",
     "Retry",
@@ -123,6 +134,7 @@ __all__ = [
     "Settlement",
     "Snooze",
     "Traits",
+    "UnsafeBackend",
     "Worker",
     "WouldDeadlock",
     "connect",
@@ -139,4 +151,8 @@ def __getattr__(name: str) -> Any:
         from mindtrace.jobs.backends.local import LocalBackend
 
         return LocalBackend
+    if name == "RedisBackend":
+        from mindtrace.jobs.backends.redis import RedisBackend
+
+        return RedisBackend
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

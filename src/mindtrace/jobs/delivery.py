@@ -210,12 +210,15 @@ def with_error(errors: Sequence[RunError], newest: RunError | None) -> tuple[Run
     """`errors` and the newest, kept small: ten, 32 KiB in all, and only the newest with its traceback."""
     if newest is None:
         return tuple(errors)
-    older = [
-        RunError(e.type, _short(e.message), "", e.started_at, e.ended_at, e.worker) for e in errors[1 - _ERRORS_KEPT :]
-    ]
+    older = [shortened(error) for error in errors[1 - _ERRORS_KEPT :]]
     while older and sum(_size(error) for error in (*older, newest)) > _ERRORS_LIMIT:
         del older[0]
     return (*older, newest)
+
+
+def shortened(error: RunError) -> RunError:
+    """As it is kept once it is not the newest any more: without its traceback, and 200 characters of its text."""
+    return RunError(error.type, _short(error.message), "", error.started_at, error.ended_at, error.worker)
 
 
 def _escaped(text: str, allowed: str = "") -> str:

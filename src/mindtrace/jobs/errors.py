@@ -115,6 +115,10 @@ class QueueInUse(JobsError):
         )
 
 
+class UnsafeBackend(JobsError):
+    """The broker is set up so that it may lose jobs in silence: the text says which setting, and what to do."""
+
+
 class JobNotFound(JobsError):
     """No such job where it was looked for."""
 
@@ -183,6 +187,18 @@ class BackendUnavailable(JobsError):
     def outcome(self) -> Outcome:
         """`unknown` if the jobs may have been published."""
         return "unknown" if self.maybe_published else "not_done"
+
+
+class AuthenticationFailed(BackendUnavailable):
+    """The broker refuses the login, or does not allow this user what was asked. Nobody knocks again by itself."""
+
+    retryable = False
+
+
+class BackendFull(JobsError):
+    """The broker is out of memory or disk. Nothing was stored; settling still works."""
+
+    retryable = True
 
 
 # --- give up: the job is another's, or the program is wrong -----------------------------------------------------------

@@ -47,6 +47,7 @@ PRIORITY_RANGE = (-(2**31), 2**31 - 1)
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MASK = str(SecretStr("x"))
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED_SUFFIXES = (".dead", ".hold", ".bell")
 
 
@@ -340,6 +341,17 @@ def field_errors(error: ValidationError) -> list[Mapping[str, Any]]:
     found = error.errors(include_url=False, include_context=False, include_input=False)
     own = ("value_error", "assertion_error")
     return [{**one, "msg": "refused by a validator of the model"} if one["type"] in own else one for one in found]
+
+
+def checked_namespace(name: str) -> str:
+    """The namespace, if it is one.
+
+    Raises:
+        ConfigError: not `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`.
+    """
+    if not _is_text(name, _NAMESPACE):
+        raise ConfigError(f"namespace={name!r}: up to 64 of A-Z a-z 0-9 . _ -, the first a letter or a digit")
+    return name
 
 
 def checked_queue_name(name: str) -> str:

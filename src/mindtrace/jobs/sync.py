@@ -5,9 +5,10 @@ import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from enum import StrEnum
 from functools import wraps
-from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, Literal, ParamSpec, Self, TypeVar
 
-from mindtrace.jobs.backend import QueueSpec
+from mindtrace.jobs.backend import Backend, QueueSpec
+from mindtrace.jobs.backends import LOCAL, address
 from mindtrace.jobs.backends.local import LocalBackend
 from mindtrace.jobs.background import background
 from mindtrace.jobs.consumer import AnyConsumer
@@ -16,10 +17,15 @@ from mindtrace.jobs.errors import ConfigError
 from mindtrace.jobs.events import Listener
 from mindtrace.jobs.job import In, JobSchema, Out
 from mindtrace.jobs.orchestrator import AsyncOrchestrator, check_options
+from mindtrace.jobs.retry import is_seconds
 from mindtrace.jobs.threads import CallerThread
 from mindtrace.jobs.wire import PAYLOAD_LIMIT
 from mindtrace.jobs.worker import Worker
 
+if TYPE_CHECKING:
+    from mindtrace.jobs.backends.redis import RedisBackend
+
+B = TypeVar("B", bound=Backend)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -28,6 +34,7 @@ class BackendType(StrEnum):
     """Which backend a client speaks to."""
 
     LOCAL = "local"
+    REDIS = "redis"
 
 
 class _Face:
@@ -52,18 +59,18 @@ def blocking(
     return call
 
 
-class LocalClient:
-    """The backend in this process, for the blocking API; in a forked child anew, with its queues and no jobs."""
+class Client(Generic[B]):
+    """A backend for the blocking API: opened on the background loop when it is first used; in a forked child anew."""
 
-    backend_type: Final = BackendType.LOCAL
+    backend_type: BackendType
 
     def __init__(self) -> None:
-        self._backend = LocalBackend()
+        self._backend = self._new(None)
         self._pid = os.getpid()
         self._is_open = False
 
     @property
-    def backend(self) -> LocalBackend:
+    def backend(self) -> B:
         """The async backend, opened on the background loop."""
         if not self._is_open or self._pid != os.getpid():
             background.call(self._open)
@@ -93,10 +100,18 @@ class LocalClient:
         backend = self.backend
         background.call(lambda: backend.declare(spec))
 
+    def consumer_backend(self, queue_name: str, orchestrator: "Orchestrator") -> "ConsumerBackendBase":
+        """What drives a consumer on this backend."""
+        raise NotImplementedError
+
     def close(self) -> None:
-        """Close the backend; the next call opens it again, with the jobs it has."""
+        """Close the backend; the next call opens it again."""
         if self._is_open and self._pid == os.getpid():
             background.call(self._close)
+
+    def _new(self, old: B | None) -> B:
+        """A backend; in a forked child in place of the parent's."""
+        raise NotImplementedError
 
     async def _close(self) -> None:
         self._is_open = False
@@ -106,11 +121,120 @@ class LocalClient:
     async def _open(self) -> None:
         # On the background loop, and so never twice at once, without a lock that a fork could leave locked.
         if self._pid != os.getpid():
-            self._backend, self._pid, self._is_open = self._backend.without_jobs(), os.getpid(), False
+            self._backend, self._pid, self._is_open = self._new(self._backend), os.getpid(), False
         if not self._is_open:
             await self._backend.open()
             background.at_exit(self._backend.aclose)
             self._is_open = True
+
+
+class LocalClient(Client[LocalBackend]):
+    """The backend in this process, for the blocking API; in a forked child anew, with its queues and no jobs."""
+
+    backend_type: Final = BackendType.LOCAL
+
+    def consumer_backend(self, queue_name: str, orchestrator: "Orchestrator") -> "LocalConsumerBackend":
+        """What drives a consumer on this backend."""
+        return LocalConsumerBackend(queue_name, orchestrator)
+
+    def _new(self, old: LocalBackend | None) -> LocalBackend:
+        return LocalBackend() if old is None else old.without_jobs()
+
+
+class RedisClient(Client["RedisBackend"]):
+    """The backend on a Redis server, for the blocking API. It connects with the first call.
+
+    Args:
+        host: name or address.
+        port: its port.
+        db: number of the database.
+        username: of an ACL user; None for the default one.
+        password: its password.
+        tls: encrypt the connection, and verify the server's certificate.
+        ca_certs: a file of certificates to verify against, in place of the system's.
+        certfile: a client certificate.
+        keyfile: its key.
+        allow_insecure: with TLS, take any certificate; a warning at every start.
+        namespace: what tells applications on one server apart.
+        allow_eviction: use a server that deletes keys when it is full; it may delete jobs.
+        require_durable: refuse a server without an append-only file; else that is a warning.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    backend_type: Final = BackendType.REDIS
+
+    def __init__(
+        self,
+        host: str = "localhost",
+        port: int = 6379,
+        db: int = 0,
+        *,
+        username: str | None = None,
+        password: str | None = None,
+        tls: bool = False,
+        ca_certs: str | None = None,
+        certfile: str | None = None,
+        keyfile: str | None = None,
+        allow_insecure: bool = False,
+        namespace: str = "mtj",
+        allow_eviction: bool = False,
+        require_durable: bool = False,
+    ) -> None:
+        from mindtrace.jobs.backends.redis import RedisBackend  # with its driver, which nobody else has to load
+
+        self._make = lambda: RedisBackend(
+            host,
+            port,
+            db,
+            username=username,
+            password=password,
+            tls=tls,
+            ca_certs=ca_certs,
+            certfile=certfile,
+            keyfile=keyfile,
+            allow_insecure=allow_insecure,
+            namespace=namespace,
+            allow_eviction=allow_eviction,
+            require_durable=require_durable,
+        )
+        super().__init__()
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        namespace: str = "mtj",
+        allow_insecure: bool = False,
+        allow_eviction: bool = False,
+        require_durable: bool = False,
+    ) -> Self:
+        """As the constructor, with `redis://[[user]:password@]host[:port][/db]`; `rediss://` for TLS.
+
+        Raises:
+            ConfigError: it is no such URL.
+        """
+        from mindtrace.jobs.backends.redis import RedisBackend
+
+        client = cls.__new__(cls)
+        client._make = lambda: RedisBackend.from_url(
+            url,
+            namespace=namespace,
+            allow_insecure=allow_insecure,
+            allow_eviction=allow_eviction,
+            require_durable=require_durable,
+        )
+        Client.__init__(client)
+        return client
+
+    def consumer_backend(self, queue_name: str, orchestrator: "Orchestrator") -> "RedisConsumerBackend":
+        """What drives a consumer on this backend."""
+        return RedisConsumerBackend(queue_name, orchestrator)
+
+    def _new(self, old: "RedisBackend | None") -> "RedisBackend":
+        return self._make()
 
 
 class DeadLetters(_Face):
@@ -146,19 +270,43 @@ class Orchestrator(_Face):
 
     def __init__(
         self,
-        backend: LocalClient,
+        backend: Client[Any],
         *,
         require: Iterable[str] = (),
         payload_limit: int = PAYLOAD_LIMIT,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        if not isinstance(backend, LocalClient):  # pyright: ignore[reportUnnecessaryIsInstance] (an async backend, say)
+        if not isinstance(backend, Client):  # pyright: ignore[reportUnnecessaryIsInstance] (an async backend, say)
             raise ConfigError(f"backend={backend!r}: a client, such as LocalClient()")
-        self.backend: LocalClient = backend
+        self.backend: Client[Any] = backend
         self._require = frozenset([require] if isinstance(require, str) else require)
         self._payload_limit, self._listeners = payload_limit, tuple(listeners)
         check_options(self._require, payload_limit)
         self._twin: AsyncOrchestrator | None = None
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str | None = None,
+        *,
+        require: Iterable[str] = (),
+        payload_limit: int = PAYLOAD_LIMIT,
+        listeners: Sequence[Listener] = (),
+    ) -> Self:
+        """As the constructor, with a client that the URL names.
+
+        Args:
+            url: `local://`, or `redis://` or `rediss://`; None takes `MINDTRACE_JOBS_URL`, else `local://`.
+            require: see the class.
+            payload_limit: see the class.
+            listeners: see the class.
+
+        Raises:
+            ConfigError: no backend of that scheme.
+        """
+        url = address(url)
+        client: Client[Any] = LocalClient() if url == LOCAL else RedisClient.from_url(url)
+        return cls(client, require=require, payload_limit=payload_limit, listeners=listeners)
 
     @property
     def twin(self) -> AsyncOrchestrator:
@@ -168,7 +316,7 @@ class Orchestrator(_Face):
             return background.call(lambda: self._begin(backend))
         return twin
 
-    async def _begin(self, backend: LocalBackend) -> AsyncOrchestrator:
+    async def _begin(self, backend: Backend) -> AsyncOrchestrator:
         # On the loop, where several first calls at once come one after the other; and what they register is kept.
         old = self._twin
         if old is not None and old.backend is backend:
@@ -200,7 +348,7 @@ class Orchestrator(_Face):
 
     def create_consumer_backend_for_schema(self, schema: JobSchema[Any, Any]) -> "ConsumerBackendBase":
         """What drives a consumer of this schema on this orchestrator's backend."""
-        return LocalConsumerBackend(schema.queue, self)
+        return self.backend.consumer_backend(schema.queue, self)
 
 
 class ConsumerBackendBase:
@@ -214,6 +362,7 @@ class ConsumerBackendBase:
     def __init__(self, queue_name: str, orchestrator: Orchestrator) -> None:
         self.queue_name = queue_name
         self.orchestrator = orchestrator
+        self.poll_timeout: float = 1.0
         self.consumer: AnyConsumer[Any, Any] | None = None
 
     def consume(self, num_messages: int | None = None) -> int:
@@ -230,7 +379,7 @@ class ConsumerBackendBase:
             raise ConfigError("no consumer: use consumer.connect(orchestrator)")
         if num_messages is not None and num_messages < 1:
             return 0
-        consuming = _Consuming(self.orchestrator.twin, self.consumer, num_messages)
+        consuming = _Consuming(self.orchestrator.twin, self.consumer, num_messages, self.poll_timeout)
         try:
             running = background.start(consuming.drive)
             consuming.caller.serve()
@@ -247,9 +396,12 @@ class ConsumerBackendBase:
 class _Consuming:
     """One call of `consume`: a worker on the background loop, whose runs happen in the thread that called."""
 
-    def __init__(self, twin: AsyncOrchestrator, consumer: AnyConsumer[Any, Any], num_messages: int | None) -> None:
+    def __init__(
+        self, twin: AsyncOrchestrator, consumer: AnyConsumer[Any, Any], num_messages: int | None, poll_timeout: float
+    ) -> None:
         self.caller = CallerThread()
         self._twin, self._consumer, self._num_messages = twin, consumer, num_messages
+        self._poll_timeout = poll_timeout
         self._worker: Worker | None = None
         self._ended: asyncio.Event | None = None
 
@@ -264,6 +416,7 @@ class _Consuming:
                 concurrency=1,
                 timeout=None,
                 max_jobs=self._num_messages,
+                poll_timeout=self._poll_timeout,
                 threads=self.caller,
             )
             await self._worker.work()
@@ -288,6 +441,25 @@ class _Consuming:
 
 class LocalConsumerBackend(ConsumerBackendBase):
     """Drives a consumer on the local backend."""
+
+
+class RedisConsumerBackend(ConsumerBackendBase):
+    """Drives a consumer on Redis.
+
+    Args:
+        queue_name: where the jobs come from.
+        orchestrator: whose queues.
+        poll_timeout: the longest single wait for a job, in seconds. A job that comes meanwhile ends it at once.
+
+    Raises:
+        ConfigError: `poll_timeout` is not above 0.
+    """
+
+    def __init__(self, queue_name: str, orchestrator: Orchestrator, poll_timeout: float = 5) -> None:
+        if not is_seconds(poll_timeout) or poll_timeout <= 0:
+            raise ConfigError(f"poll_timeout={poll_timeout!r}: seconds above 0")
+        super().__init__(queue_name, orchestrator)
+        self.poll_timeout: float = poll_timeout
 
 
 class Consumer(AnyConsumer[In, Out]):
@@ -317,7 +489,7 @@ class Consumer(AnyConsumer[In, Out]):
             self.consumer_backend = orchestrator.create_consumer_backend_for_schema(schema)
         else:
             background.call(lambda: twin.backend.declare(QueueSpec(self.job_type_name), attach=True))
-            self.consumer_backend = LocalConsumerBackend(self.job_type_name, orchestrator)
+            self.consumer_backend = orchestrator.backend.consumer_backend(self.job_type_name, orchestrator)
         self.consumer_backend.consumer = self
 
     def consume(self, num_messages: int | None = None) -> int:

@@ -38,7 +38,6 @@ _log = logging.getLogger(__name__)
 
 SUSPECT_CRASHES = 2
 """Crashes from which on a job is suspected of killing its worker, and is run with no other suspect beside it."""
-_TURN = 1.0  # seconds that one exchange waits at the most
 _SETTLE_TIMEOUT = 2.0
 
 
@@ -84,6 +83,7 @@ class Worker:
         strict: take from the queues in the order of the consumers, in place of fair turns.
         max_jobs: stop after so many deliveries.
         until_idle: stop once nothing is ready.
+        poll_timeout: the longest single wait for a job, in seconds; a job that comes meanwhile ends it at once.
         unknown_ttl: seconds after which a job whose schema nobody knows is dead.
         listeners: told of each start and settlement.
         name: of this worker, in records and logs.
@@ -108,6 +108,7 @@ class Worker:
         strict: bool = False,
         max_jobs: int | None = None,
         until_idle: bool = False,
+        poll_timeout: float = 1.0,
         unknown_ttl: float = 86400.0,
         listeners: Sequence[Listener] = (),
         name: str = "worker",
@@ -120,8 +121,9 @@ class Worker:
         for option, seconds in (("drain", drain), ("cancel_grace", cancel_grace), ("unknown_ttl", unknown_ttl)):
             if not is_seconds(seconds) or seconds < 0:
                 raise ConfigError(f"{option}={seconds!r}: seconds from 0 on")
-        if not is_seconds(lease) or lease <= 0:
-            raise ConfigError(f"lease={lease!r}: seconds above 0")
+        for option, seconds in (("lease", lease), ("poll_timeout", poll_timeout)):
+            if not is_seconds(seconds) or seconds <= 0:
+                raise ConfigError(f"{option}={seconds!r}: seconds above 0")
         if timeout is not None and not (timeout == math.inf or (is_seconds(timeout) and timeout > 0)):
             raise ConfigError(f"timeout={timeout!r}: seconds above 0, or None for no limit")
         if not consumers:
@@ -133,7 +135,7 @@ class Worker:
         policy = RetryPolicy() if retry is None else RetryPolicy.of(retry)
         self._timeout = math.inf if timeout is None else timeout
         self._routes = Routes(orchestrator, consumers, policy=policy, timeout=self._timeout, unknown_ttl=unknown_ttl)
-        self._lease, self._drain, self._strict = lease, drain, strict
+        self._lease, self._drain, self._strict, self._poll_timeout = lease, drain, strict, poll_timeout
         self._max_jobs, self._until_idle = max_jobs, until_idle
         self._random = random or Random()  # noqa: S311 (jitter, not secrets)
         self._listeners = tuple(listeners)
@@ -288,7 +290,9 @@ class Worker:
             stopping = self._stopping
             if stopping is not None and not finished and (not self._runs or time.monotonic() >= stopping):
                 return
-            wait = _TURN if stopping is None else max(0.001, min(_TURN, stopping - time.monotonic()))
+            wait = self._poll_timeout
+            if stopping is not None:
+                wait = max(0.001, min(wait, stopping - time.monotonic()))
             if self._until_idle and not self._runs:
                 wait = 0.0
             room = self._room()

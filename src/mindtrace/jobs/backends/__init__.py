@@ -5,21 +5,42 @@ import os
 from mindtrace.jobs.backend import Backend
 from mindtrace.jobs.errors import ConfigError
 
+LOCAL = "local://"
+
 
 def connect(url: str | None = None) -> Backend:
     """The backend that the URL names; it is not opened yet.
 
     Args:
-        url: `local://` for the one in this process; None takes `MINDTRACE_JOBS_URL`, else `local://`.
+        url: `local://` for the one in this process; `redis://[[user]:password@]host[:port][/db]`, or `rediss://` for
+            the same with TLS; None takes `MINDTRACE_JOBS_URL`, else `local://`.
 
     Raises:
-        ConfigError: no backend of that scheme; the text never shows the rest of the URL, which may hold a password.
+        ConfigError: no backend of that scheme, or something in the URL is wrong; the text never shows what may be a
+            password.
     """
-    scheme, separator, rest = (url or os.environ.get("MINDTRACE_JOBS_URL") or "local://").partition("://")
-    if scheme != "local" or not separator:
-        raise ConfigError(f"no backend for {scheme[:20]}{separator} in this version: local:// is the one there is")
-    if rest:
-        raise ConfigError("local:// takes nothing behind it: it is in this process, and its jobs are in memory")
-    from mindtrace.jobs.backends.local import LocalBackend
+    url = address(url)
+    if url == LOCAL:
+        from mindtrace.jobs.backends.local import LocalBackend
 
-    return LocalBackend()
+        return LocalBackend()
+    from mindtrace.jobs.backends.redis import RedisBackend
+
+    return RedisBackend.from_url(url)
+
+
+def address(url: str | None) -> str:
+    """The URL of a backend there is.
+
+    Raises:
+        ConfigError: see `connect`.
+    """
+    url = url or os.environ.get("MINDTRACE_JOBS_URL") or LOCAL
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in ("local", "redis", "rediss"):
+        raise ConfigError(
+            f"no backend for {scheme[:20]}{separator} in this version: local://, redis:// and rediss:// are there"
+        )
+    if scheme == "local" and rest:
+        raise ConfigError("local:// takes nothing behind it: it is in this process, and its jobs are in memory")
+    return url

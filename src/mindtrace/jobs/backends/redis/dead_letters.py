@@ -1,0 +1,127 @@
+"""The dead letters of a queue on Redis."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast, get_args
+
+from mindtrace.jobs.backend import BATCH, DeadLetters, Home
+from mindtrace.jobs.backends.redis.failures import errors_of
+from mindtrace.jobs.backends.redis.keys import QueueKeys
+from mindtrace.jobs.backends.redis.scripts import Letters, Scripts, text_of
+from mindtrace.jobs.delivery import DeadFilter, DeadPage, DeadReason, DeadRecord
+from mindtrace.jobs.errors import ConfigError, JobNotFound
+from mindtrace.jobs.job import JobId
+from mindtrace.jobs.retry import is_seconds, is_whole
+from mindtrace.jobs.wire import Message
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_PAGE = 100  # records with their bodies in one reply
+
+
+class RedisDeadLetters(DeadLetters):
+    """See `DeadLetters`.
+
+    Args:
+        home: the loop that may use it.
+        scripts: over the link for commands.
+        keys: of the queue.
+    """
+
+    def __init__(self, home: Home, scripts: Scripts, keys: QueueKeys) -> None:
+        self._home, self._scripts, self._keys, self._queue = home, scripts, keys, keys.queue
+
+    async def list(self, where: DeadFilter, *, limit: int = 100, cursor: str | None = None) -> DeadPage:
+        """A page, newest first."""
+        if not is_whole(limit) or limit < 1:
+            raise ConfigError(f"limit={limit!r}: a whole number from 1 on")
+        if cursor is not None and not (cursor.isascii() and cursor.isdigit()):
+            raise ConfigError(f"cursor={cursor!r}: the cursor of an earlier page")
+        self._home.check()
+        found: Letters = []
+        before = cursor or "+inf"
+        while before and len(found) <= limit:  # one more than asked for tells whether there are more
+            before, some = await self._look(before, min(_PAGE, limit + 1 - len(found)), where)
+            found += some
+        records = [self._record(values) for values in found[:limit]]
+        return DeadPage(records, str(int(float(found[limit - 1][0]))) if len(found) > limit else None)
+
+    async def get(self, job_id: JobId) -> DeadRecord:
+        """One record."""
+        self._home.check()
+        values = await self._scripts.dead_get(self._keys, self._queue, job_id)
+        if values is None:
+            raise JobNotFound(job_id)
+        return self._record(values)
+
+    async def count(self) -> int:
+        """How many there are."""
+        self._home.check()
+        return (await self._scripts.depth(self._keys, self._queue))[3]
+
+    async def replay(self, which: Sequence[JobId] | DeadFilter, *, rate: float | None = None) -> int:
+        """Put jobs back under their ids; up to 500 in one step, and one at a time with a `rate`."""
+        if rate is not None and not (is_seconds(rate) and rate > 0):
+            raise ConfigError(f"rate={rate!r}: jobs a second, above 0")
+        job_ids = await self._chosen(which)
+        together = BATCH if rate is None else 1
+        count = 0
+        for start in range(0, len(job_ids), together):
+            if rate is not None and start:
+                await asyncio.sleep(1 / rate)
+            count += await self._scripts.replay(self._keys, self._queue, job_ids[start : start + together])
+        return count
+
+    async def purge(self, which: Sequence[JobId] | DeadFilter) -> int:
+        """Forget them."""
+        job_ids = await self._chosen(which)
+        count = 0
+        for start in range(0, len(job_ids), BATCH):
+            count += await self._scripts.purge(self._keys, self._queue, job_ids[start : start + BATCH])
+        return count
+
+    async def _chosen(self, which: Sequence[JobId] | DeadFilter) -> Sequence[JobId]:
+        """The ids, oldest first for a filter. Raises JobNotFound for one that is not dead."""
+        self._home.check()
+        if isinstance(which, DeadFilter):
+            job_ids: Sequence[JobId] = ()
+            before = "+inf"
+            while before:
+                before, found = await self._look(before, BATCH, which)
+                job_ids = (*job_ids, *(text_of(values[1]) for values in found))
+            return job_ids[::-1]
+        wanted = tuple(dict.fromkeys(which))
+        missing = await self._scripts.dead_missing(self._keys, self._queue, wanted)
+        if missing is not None:
+            raise JobNotFound(missing)
+        return wanted
+
+    async def _look(self, before: str, limit: int, where: DeadFilter) -> tuple[str, Letters]:
+        since = -1
+        if where.since is not None:
+            since = max(0, -((_EPOCH - where.since) // timedelta(milliseconds=1)))
+        return await self._scripts.dead_list(self._keys, self._queue, before, limit, where.reason or "", since)
+
+    def _record(self, values: Sequence[bytes]) -> DeadRecord:
+        _, job_id, death, numbers, body, errors = values
+        died, _, reason = death.decode("ascii", "replace").partition(" ")
+        counts = [int(number) for number in numbers.split()] if numbers else [0] * 7 + [-1]
+        attempts, crashes, releases, number, replays, priority, _, crash_limit = counts
+        message = Message(text_of(job_id), body, priority, 0.0, None, None if crash_limit < 0 else crash_limit)
+        return DeadRecord(
+            self._queue,
+            message,
+            _reason(reason),
+            attempts,
+            crashes,
+            releases,
+            number,
+            _EPOCH + timedelta(milliseconds=int(died or 0)),
+            errors_of(errors),
+            replays,
+        )
+
+
+def _reason(word: str) -> DeadReason:
+    known: Any = get_args(DeadReason)
+    return cast("DeadReason", word) if word in known else "malformed"

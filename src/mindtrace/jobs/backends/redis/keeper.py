@@ -1,0 +1,123 @@
+"""`Keeper`: extends the leases of what is held, from a thread, a loop and a connection of its own.
+
+A consumer that blocks the event loop for minutes costs no lease.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from random import Random
+
+from mindtrace.jobs.backends.redis.address import Address
+from mindtrace.jobs.backends.redis.link import Link
+from mindtrace.jobs.backends.redis.receiver import RedisReceiver
+from mindtrace.jobs.backends.redis.scripts import Scripts
+from mindtrace.jobs.errors import BackendUnavailable
+
+_log = logging.getLogger(__name__)
+
+_CLOSE_WITHIN = 2.0
+_AFTER_A_FAILURE = 0.5
+
+
+class Keeper:
+    """Extends every third of their lease all deliveries of the receivers it keeps.
+
+    Args:
+        address: of the server.
+        random: the source of the jitter.
+    """
+
+    def __init__(self, address: Address, random: Random) -> None:
+        self._address, self._random = address, random
+        self._lock = threading.Lock()
+        self._receivers: dict[RedisReceiver, float] = {}  # when it is extended next, by the loop's clock
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed: asyncio.Event | None = None
+        self._stopped = False
+
+    def keep(self, receiver: RedisReceiver) -> None:
+        """Extend what this receiver holds, from now on."""
+        with self._lock:
+            self._receivers[receiver] = 0.0
+        if self._thread is None:
+            started: Future[None] = Future()
+            self._thread = threading.Thread(
+                target=lambda: asyncio.run(self._run(started)), name="mindtrace-jobs keeper", daemon=True
+            )
+            self._thread.start()
+            started.result()
+        self._tell()
+
+    def let_go(self, receiver: RedisReceiver) -> None:
+        """It holds nothing any more."""
+        with self._lock:
+            self._receivers.pop(receiver, None)
+
+    async def aclose(self) -> None:
+        """End the thread."""
+        thread, self._thread = self._thread, None
+        self._stopped = True
+        if thread is not None:
+            self._tell()
+            ended = asyncio.get_running_loop().run_in_executor
+            await ended(None, thread.join, _CLOSE_WITHIN)
+
+    def _tell(self) -> None:
+        loop, changed = self._loop, self._changed
+        if loop is not None and changed is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(changed.set)
+
+    async def _run(self, started: "Future[None]") -> None:
+        self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
+        started.set_result(None)
+        link = Link(self._address, "keeper", self._random)
+        scripts = Scripts(link)
+        try:
+            while not self._stopped:
+                self._changed.clear()
+                now = self._loop.time()
+                with self._lock:
+                    for receiver, due in self._receivers.items():
+                        if due == 0.0:  # new: what it holds it took just now
+                            self._receivers[receiver] = now + receiver.lease / 3
+                    due_now = [receiver for receiver, due in self._receivers.items() if 0.0 < due <= now]
+                await asyncio.gather(*(self._extend(link, scripts, receiver) for receiver in due_now))
+                with self._lock:
+                    next_due = min(self._receivers.values(), default=None)
+                if next_due is not None and next_due <= self._loop.time():
+                    continue
+                wait = None if next_due is None else next_due - self._loop.time()
+                try:
+                    async with asyncio.timeout(wait):
+                        await self._changed.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            await link.aclose()
+
+    async def _extend(self, link: Link, scripts: Scripts, receiver: RedisReceiver) -> None:
+        assert self._loop is not None  # noqa: S101 (it runs this)
+        next_due = self._loop.time() + receiver.lease / 3
+        held = list(receiver.held)  # one step of the interpreter: the other thread cannot change it meanwhile
+        for keys, some in receiver.in_calls(held):
+            link.start()
+            try:
+                gone = await scripts.extend(keys, receiver.lease, some, receiver.lease / 3)
+            except BackendUnavailable as error:
+                _log.warning("leases of %d jobs of queue %s not extended: %s", len(some), keys.queue, error)
+                next_due = min(next_due, self._loop.time() + _AFTER_A_FAILURE)
+                continue
+            for delivery in gone:
+                _call(receiver.loop, lambda lost=delivery: receiver.lose(lost))
+        with self._lock:
+            if receiver in self._receivers:
+                self._receivers[receiver] = next_due
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function)
