@@ -62,7 +62,8 @@ class Message:
         id: the job's id, under which it is stored once.
         body: the envelope.
         priority: higher is handed out first.
-        delay: seconds until it is ready.
+        delay: seconds until it is ready. This and `at` are for the publish alone: what is received need not have them,
+            and they do not count when messages are compared.
         at: an aware instant until it is ready, instead of `delay`.
         crash_limit: crashes until it is dead; None leaves it to the receiver.
     """
@@ -70,8 +71,8 @@ class Message:
     id: JobId
     body: bytes
     priority: int = 0
-    delay: float = 0.0
-    at: datetime | None = None
+    delay: float = field(default=0.0, compare=False)
+    at: datetime | None = field(default=None, compare=False)
     crash_limit: int | None = None
 
 

@@ -1,19 +1,34 @@
 """One `jobs` for every test here: both faces of the library on every backend, behind the same awaited calls."""
 
 import asyncio
+import secrets
 import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from mindtrace.jobs import AsyncConsumer, AsyncOrchestrator, Consumer, JobSchema, LocalClient, Orchestrator, Worker
+from mindtrace.jobs import (
+    AsyncConsumer,
+    AsyncOrchestrator,
+    Backend,
+    Consumer,
+    JobSchema,
+    LocalClient,
+    Orchestrator,
+    RedisBackend,
+    RedisClient,
+    Worker,
+)
 from mindtrace.jobs.backends.local import LocalBackend
 from mindtrace.jobs.background import background
 from mindtrace.jobs.delivery import DeadRecord, Published
+from mindtrace.jobs.sync import Client
 from mindtrace.jobs.wire import Message
 
 
@@ -104,8 +119,8 @@ class Letters:
 
 
 class Awaited(Jobs):
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.orchestrator = AsyncOrchestrator(LocalBackend(), **options)
+    def __init__(self, where: "Where", options: dict[str, Any]) -> None:
+        self.orchestrator = AsyncOrchestrator(where.backend(), **options)
 
     async def __aenter__(self) -> "Awaited":
         await self.orchestrator.open()
@@ -130,8 +145,8 @@ class Awaited(Jobs):
 
 
 class Blocking(Jobs):
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.client = LocalClient()
+    def __init__(self, where: "Where", options: dict[str, Any]) -> None:
+        self.client = where.client()
         self.orchestrator = Orchestrator(self.client, **options)
 
     async def __aenter__(self) -> "Blocking":
@@ -159,9 +174,37 @@ class Blocking(Jobs):
 FACES = {"awaited": Awaited, "blocking": Blocking}
 
 
-@pytest.fixture(params=[pytest.param((face, "local"), id=f"{face}-local", marks=pytest.mark.local) for face in FACES])
-def face(request: pytest.FixtureRequest) -> type[Awaited] | type[Blocking]:
-    return FACES[request.param[0]]
+@dataclass
+class Where:
+    """A backend for one test: on a server in a namespace that no other uses."""
+
+    url: str
+
+    def backend(self) -> Backend:
+        return LocalBackend() if self.url == "local://" else RedisBackend.from_url(self.url, namespace=_a_namespace())
+
+    def client(self) -> Client[Any]:
+        return LocalClient() if self.url == "local://" else RedisClient.from_url(self.url, namespace=_a_namespace())
+
+
+def _a_namespace() -> str:
+    return f"t{secrets.token_hex(6)}"
+
+
+BROKERS = {"local": [], "redis": [pytest.mark.uses_broker("redis")]}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((face, backend), id=f"{face}-{backend}", marks=[getattr(pytest.mark, backend), *marks])
+        for face in FACES
+        for backend, marks in BROKERS.items()
+    ]
+)
+def face(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], Any]:
+    face, backend = request.param
+    where = Where("local://" if backend == "local" else request.getfixturevalue(f"{backend}_url"))
+    return partial(FACES[face], where)
 
 
 @pytest.fixture

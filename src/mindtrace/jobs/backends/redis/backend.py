@@ -197,6 +197,8 @@ class RedisBackend(Backend):
         counts = await scripts.delete(self._keys(queue), queue, force)
         if counts:
             raise QueueInUse(queue, counts)
+        for receiver in self._opened().receivers:  # those of other processes hear of it from the server
+            receiver.lose_all(queue)
         await scripts.command("SREM", registry(self._namespace), queue)
 
     async def clean(self, queue: str) -> int:
@@ -291,7 +293,7 @@ class RedisBackend(Backend):
 
     def dead_letters(self, queue: str) -> DeadLetters:
         """The queue's dead letters."""
-        return RedisDeadLetters(self._home, self._opened().scripts, self._keys(queue))
+        return RedisDeadLetters(lambda: self._opened().scripts, self._keys(queue))
 
     def _opened(self) -> "_Open":
         self._home.check()

@@ -1,11 +1,11 @@
 """The dead letters of a queue on Redis."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast, get_args
 
-from mindtrace.jobs.backend import BATCH, DeadLetters, Home
+from mindtrace.jobs.backend import BATCH, DeadLetters
 from mindtrace.jobs.backends.redis.failures import errors_of
 from mindtrace.jobs.backends.redis.keys import QueueKeys
 from mindtrace.jobs.backends.redis.scripts import Letters, Scripts, text_of
@@ -23,13 +23,12 @@ class RedisDeadLetters(DeadLetters):
     """See `DeadLetters`.
 
     Args:
-        home: the loop that may use it.
-        scripts: over the link for commands.
+        opened: gives the scripts, if the backend is open and in this loop.
         keys: of the queue.
     """
 
-    def __init__(self, home: Home, scripts: Scripts, keys: QueueKeys) -> None:
-        self._home, self._scripts, self._keys, self._queue = home, scripts, keys, keys.queue
+    def __init__(self, opened: Callable[[], Scripts], keys: QueueKeys) -> None:
+        self._opened, self._keys, self._queue = opened, keys, keys.queue
 
     async def list(self, where: DeadFilter, *, limit: int = 100, cursor: str | None = None) -> DeadPage:
         """A page, newest first."""
@@ -37,7 +36,6 @@ class RedisDeadLetters(DeadLetters):
             raise ConfigError(f"limit={limit!r}: a whole number from 1 on")
         if cursor is not None and not (cursor.isascii() and cursor.isdigit()):
             raise ConfigError(f"cursor={cursor!r}: the cursor of an earlier page")
-        self._home.check()
         found: Letters = []
         before = cursor or "+inf"
         while before and len(found) <= limit:  # one more than asked for tells whether there are more
@@ -48,16 +46,14 @@ class RedisDeadLetters(DeadLetters):
 
     async def get(self, job_id: JobId) -> DeadRecord:
         """One record."""
-        self._home.check()
-        values = await self._scripts.dead_get(self._keys, self._queue, job_id)
+        values = await self._opened().dead_get(self._keys, self._queue, job_id)
         if values is None:
             raise JobNotFound(job_id)
         return self._record(values)
 
     async def count(self) -> int:
         """How many there are."""
-        self._home.check()
-        return (await self._scripts.depth(self._keys, self._queue))[3]
+        return (await self._opened().depth(self._keys, self._queue))[3]
 
     async def replay(self, which: Sequence[JobId] | DeadFilter, *, rate: float | None = None) -> int:
         """Put jobs back under their ids; up to 500 in one step, and one at a time with a `rate`."""
@@ -69,7 +65,7 @@ class RedisDeadLetters(DeadLetters):
         for start in range(0, len(job_ids), together):
             if rate is not None and start:
                 await asyncio.sleep(1 / rate)
-            count += await self._scripts.replay(self._keys, self._queue, job_ids[start : start + together])
+            count += await self._opened().replay(self._keys, self._queue, job_ids[start : start + together])
         return count
 
     async def purge(self, which: Sequence[JobId] | DeadFilter) -> int:
@@ -77,12 +73,11 @@ class RedisDeadLetters(DeadLetters):
         job_ids = await self._chosen(which)
         count = 0
         for start in range(0, len(job_ids), BATCH):
-            count += await self._scripts.purge(self._keys, self._queue, job_ids[start : start + BATCH])
+            count += await self._opened().purge(self._keys, self._queue, job_ids[start : start + BATCH])
         return count
 
     async def _chosen(self, which: Sequence[JobId] | DeadFilter) -> Sequence[JobId]:
         """The ids, oldest first for a filter. Raises JobNotFound for one that is not dead."""
-        self._home.check()
         if isinstance(which, DeadFilter):
             job_ids: Sequence[JobId] = ()
             before = "+inf"
@@ -91,7 +86,7 @@ class RedisDeadLetters(DeadLetters):
                 job_ids = (*job_ids, *(text_of(values[1]) for values in found))
             return job_ids[::-1]
         wanted = tuple(dict.fromkeys(which))
-        missing = await self._scripts.dead_missing(self._keys, self._queue, wanted)
+        missing = await self._opened().dead_missing(self._keys, self._queue, wanted)
         if missing is not None:
             raise JobNotFound(missing)
         return wanted
@@ -100,7 +95,7 @@ class RedisDeadLetters(DeadLetters):
         since = -1
         if where.since is not None:
             since = max(0, -((_EPOCH - where.since) // timedelta(milliseconds=1)))
-        return await self._scripts.dead_list(self._keys, self._queue, before, limit, where.reason or "", since)
+        return await self._opened().dead_list(self._keys, self._queue, before, limit, where.reason or "", since)
 
     def _record(self, values: Sequence[bytes]) -> DeadRecord:
         _, job_id, death, numbers, body, errors = values

@@ -66,6 +66,7 @@ class RedisReceiver(Receiver):
         self._under_way: set[Round] = set()
         self._left: list[Delivery] = []  # taken for a caller who did not wait for them
         self._left_timer: asyncio.TimerHandle | None = None
+        self._gone: set[str] = set()  # queues that were not there when last heard of
         self._turn = 0
         self._looked, self._look_at = -math.inf, math.inf
         self._waiting: asyncio.Future[None] | None = None
@@ -131,6 +132,13 @@ class RedisReceiver(Receiver):
             del self.held[delivery]
             self._tell_lost(delivery)
 
+    def lose_all(self, queue: str) -> None:
+        """The queue is gone, and with it every lease on its jobs."""
+        if queue in self._keys:
+            self._gone.add(queue)
+        for delivery in [delivery for delivery in self.held if delivery.queue == queue]:
+            self.lose(delivery)
+
     async def end(self) -> None:
         """Release what is held and be of no more use; within a few seconds, whatever the server does."""
         if self._ended:
@@ -159,14 +167,17 @@ class RedisReceiver(Receiver):
         self, pairs: _Pairs, limit: int, deliveries: list[Delivery], waits: bool
     ) -> tuple[list[Settled], tuple[str, ...]]:
         """Takes into `deliveries`, up to `limit` in all. Gives what became of the pairs, and the missing queues."""
-        settling = [pair for pair in dict(pairs).items() if pair[0] in self.held]
+        first_of: dict[Delivery, Settlement] = {}
+        for delivery, settlement in pairs:
+            if delivery in self.held:
+                first_of.setdefault(delivery, settlement)
+        settling = list(first_of.items())
         room = min(limit - len(deliveries), self._slots - len(self.held) + len(settling))
         asked = self._next_queues() if room > 0 else ()
         if asked:
             self._looked, self._look_at = time.monotonic(), math.inf
         left: dict[str, int] = {}
         answers: dict[Delivery, Settled] = {}
-        missing: set[str] = set()
         first = True
         while (limits := self._limits(asked, left, room)) or (first and settling):
             a_round = self._begin(settling if first else [], limits, waits=waits)
@@ -182,14 +193,15 @@ class RedisReceiver(Receiver):
             deliveries += taken
             room -= len(taken)
             left.update(a_round.left)
-            missing.update(a_round.missing)
+            self._gone.difference_update(a_round.left)
+            left.update(dict.fromkeys(a_round.missing, 0))
             self._look_at = min(self._look_at, a_round.look_at)
             if a_round.error is not None:
                 break
         settled: list[Settled] = []
         for delivery, _ in pairs:  # a second settlement of the same delivery finds nothing to settle
             settled.append(answers.pop(delivery, LeaseLost(delivery.message.id)))
-        return settled, tuple(name for name in self._names if name in missing)
+        return settled, tuple(name for name in self._names if name in self._gone)
 
     def _next_queues(self) -> Sequence[str]:
         """Those to look at, the first in turn first."""
@@ -231,9 +243,8 @@ class RedisReceiver(Receiver):
         for delivery, answer in a_round.settled.items():
             if isinstance(answer, LeaseLost):
                 self._tell_lost(delivery)
-        for name in a_round.missing:  # the queue is gone, and with it every lease on its jobs
-            for delivery in [delivery for delivery in self.held if delivery.queue == name]:
-                self.lose(delivery)
+        for queue in a_round.missing:
+            self.lose_all(queue)
 
     async def _catch_up(self) -> None:
         """Wait for the answers to calls whose callers are gone: what they took has a place here."""
