@@ -9,6 +9,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from mindtrace.jobs.errors import ConfigError
+from mindtrace.jobs.retry import is_whole
 
 CONNECT_WITHIN = 5.0
 """Seconds for name, socket, TLS and login."""
@@ -45,9 +46,9 @@ class Address:
 
     def __post_init__(self) -> None:
         for name, value, most in (("port", self.port, 65535), ("db", self.db, 2**31 - 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+            if not is_whole(value) or not 0 <= value <= most:
                 raise ConfigError(f"{name}={value!r}: a whole number from 0 to {most}")
-        if not self.host or not isinstance(self.host, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not self.host:
             raise ConfigError(f"host={self.host!r}: a name or an address")
 
     @classmethod

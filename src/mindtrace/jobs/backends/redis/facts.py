@@ -3,7 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mindtrace.jobs.backends.redis.scripts import Scripts
 from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, ConfigError, UnsafeBackend
@@ -36,8 +36,9 @@ async def read_facts(scripts: Scripts) -> Facts:
         BackendUnavailable: it does not answer.
         ConfigError: it is too old for the scripts.
     """
-    info = await _told(scripts, "INFO", "server", "persistence", "memory") or await _told(scripts, "INFO") or b""
-    facts = dict(re.findall(rb"^(\w+):(.*?)\r?$", info, re.MULTILINE))
+    info: bytes = await _told(scripts, "INFO") or b""
+    found: list[tuple[bytes, bytes]] = re.findall(rb"^(\w+):(.*?)\r?$", info, re.MULTILINE)
+    facts = dict(found)
     version = facts.get(b"redis_version", b"").decode("ascii", "replace") or None
     numbers = [int(number) for number in re.findall(r"\d+", version or "")[:2]]
     if numbers and tuple(numbers) < _OLDEST:
@@ -56,13 +57,14 @@ async def _durability(scripts: Scripts, aof_enabled: bytes | None) -> Durability
         return "unknown"
     if aof_enabled != b"1":
         return "memory"
-    reply = await _told(scripts, "CONFIG", "GET", "appendfsync")
-    policy = reply[1] if isinstance(reply, list) and len(reply) == 2 else b""
+    reply: list[bytes] = await _told(scripts, "CONFIG", "GET", "appendfsync") or []
+    policy = reply[1] if len(reply) == 2 else b""
     known: dict[bytes, Durability] = {b"always": "always", b"everysec": "everysec", b"no": "os"}
     return known.get(policy, "unknown")
 
 
-async def _told(scripts: Scripts, *words: str) -> "bytes | list[bytes] | None":
+async def _told(scripts: Scripts, *words: str) -> Any:
+    """The reply; None where the server refuses to tell."""
     try:
         return await scripts.command(*words)
     except AuthenticationFailed:

@@ -7,7 +7,9 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from concurrent.futures import Future
+from functools import partial
 from random import Random
 
 from mindtrace.jobs.backends.redis.address import Address
@@ -91,11 +93,9 @@ class Keeper:
                 if next_due is not None and next_due <= self._loop.time():
                     continue
                 wait = None if next_due is None else next_due - self._loop.time()
-                try:
+                with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await self._changed.wait()
-                except TimeoutError:
-                    pass
         finally:
             await link.aclose()
 
@@ -112,7 +112,7 @@ class Keeper:
                 next_due = min(next_due, self._loop.time() + _AFTER_A_FAILURE)
                 continue
             for delivery in gone:
-                _call(receiver.loop, lambda lost=delivery: receiver.lose(lost))
+                _call(receiver.loop, partial(receiver.lose, delivery))
         with self._lock:
             if receiver in self._receivers:
                 self._receivers[receiver] = next_due

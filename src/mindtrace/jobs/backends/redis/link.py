@@ -192,7 +192,7 @@ class Link:
             self._fail(request, "the connection was lost")
 
     async def _connect(self) -> Line:
-        connection = self.address.connection(f"mtjobs:{self._role}")
+        connection: Any = self.address.connection(f"mtjobs:{self._role}")  # the driver's calls are not all typed
         try:
             async with asyncio.timeout(CONNECT_WITHIN):
                 await connection.connect()

@@ -139,7 +139,7 @@ class Claims:
             by_queue[pair[0].queue].append(pair)
         todo: list[tuple[QueueKeys, int, _Pairs]] = []
         for name, (keys, limit) in queues.items():
-            mine = by_queue[name]
+            mine: _Pairs = by_queue[name]
             while len(mine) > BATCH:
                 todo.append((keys, 0, mine[:BATCH]))
                 mine = mine[BATCH:]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from mindtrace.jobs.backend import BATCH, QueueSpec
 from mindtrace.jobs.backends.redis.keys import QueueKeys
@@ -24,6 +24,7 @@ FORMAT = 1
 CALL_WITHIN = 10.0
 """Seconds for a call of queue administration, its repetitions included."""
 LARGEST_BODY = PAYLOAD_LIMIT_MOST + ENVELOPE_EXTRA
+_KINDS: dict[str, Literal["fifo", "priority", "stack"]] = {"fifo": "fifo", "priority": "priority", "stack": "stack"}
 _FRAGMENTS = {
     "clean": ("_once",),
     "delete": ("_once",),
@@ -84,7 +85,7 @@ class Scripts:
     ) -> list[Delivery]:
         """Those whose job had already gone to another; the deadlines of the rest are moved."""
         until = time.monotonic() + lease
-        words = [milliseconds(lease), *(delivery.receipt for delivery in deliveries)]
+        words: Words = [milliseconds(lease), *(delivery.receipt for delivery in deliveries)]
         reply = await self._call("extend", keys, words, within)
         gone: list[Delivery] = []
         for delivery, digit in zip(deliveries, reply[1], strict=True):
@@ -132,9 +133,9 @@ class Scripts:
         """The first of these ids that is not among the dead letters."""
         for start in range(0, len(job_ids), BATCH):
             some = job_ids[start : start + BATCH]
-            found = (await self._ok("dead_has", keys, queue, *map(_bytes, some)))[2]
+            found: bytes = (await self._ok("dead_has", keys, queue, *map(_bytes, some)))[2]
             if 48 in found:  # the byte "0"
-                return some[found.index(48)]
+                return str(some[found.index(48)])
         return None
 
     async def replay(self, keys: QueueKeys, queue: str, job_ids: Sequence[str]) -> int:
@@ -158,7 +159,8 @@ class Scripts:
         return reply
 
     async def _call(self, name: str, keys: QueueKeys, words: Words, within: float = CALL_WITHIN) -> list[Any]:
-        return await self._answered(lambda answer: self._send(name, keys, words, _in(within), answer))
+        reply: list[Any] = await self._answered(lambda answer: self._send(name, keys, words, _in(within), answer))
+        return reply
 
     async def _answered(self, send: Callable[[Answer], object]) -> Any:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -193,9 +195,9 @@ class Scripts:
 def spec_of(queue: str, values: Sequence[bytes]) -> QueueSpec:
     """A queue from its kind, levels and most."""
     kind, levels, most = values[0].decode(), int(values[1]), int(values[2])
-    if kind not in ("fifo", "priority", "stack"):
+    if kind not in _KINDS:
         raise BackendUnavailable(f"the queue {queue!r} is of a kind that this version does not know: upgrade it")
-    return QueueSpec(queue, kind, None if levels < 0 else levels, None if most < 0 else most)
+    return QueueSpec(queue, _KINDS[kind], None if levels < 0 else levels, None if most < 0 else most)
 
 
 def text_of(raw: bytes) -> str:
