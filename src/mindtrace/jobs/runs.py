@@ -104,6 +104,7 @@ class Runs:
         random: the source of the jitter.
         listeners: told of each start.
         nudge: called when there is something to settle or a slot is free.
+        ended: called when a run has ended, before its slot is free.
         stop_for: called with a `KeyboardInterrupt`, a `SystemExit` and the like that a run raised.
         ending: whether the loop is ending everything, the worker included.
     """
@@ -118,6 +119,7 @@ class Runs:
         random: Random,
         listeners: Sequence[Listener],
         nudge: Callable[[], None],
+        ended: Callable[[Run], None],
         stop_for: Callable[[BaseException], None],
         ending: Callable[[], bool],
     ) -> None:
@@ -126,7 +128,7 @@ class Runs:
         self.stuck: int = 0
         self._worker, self._threads, self._grace = worker, threads, grace
         self._policy, self._random, self._listeners = policy, random, listeners
-        self._nudge, self._stop_for, self._ending = nudge, stop_for, ending
+        self._nudge, self._ended, self._stop_for, self._ending = nudge, ended, stop_for, ending
         self._runs: dict[Delivery, Run] = {}
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = math.inf
@@ -210,14 +212,15 @@ class Runs:
             self._stop_for(error)
         finally:
             run.ended = True
+            self._ended(run)
+            if not run.settled:  # before the slot is free, or what is refused in it would be settled first
+                self._settle(run, end)
+            elif run.route.consumer.ack == "early" and isinstance(end, Exception):
+                self._log_end(run, end, Done())
             if run.thread is None or run.thread.done():
                 self._free(run)
             else:
                 run.thread.add_done_callback(lambda _: self._free(run))  # a thread keeps its slot until it returns
-            if not run.settled:
-                self._settle(run, end)
-            elif run.route.consumer.ack == "early" and isinstance(end, Exception):
-                self._log_end(run, end, Done())
 
     def _set_alarm(self, when: float) -> None:
         """One alarm for all runs, at the earliest deadline: a timer for each costs a tenth of what a job costs."""

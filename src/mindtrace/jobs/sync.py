@@ -1,11 +1,12 @@
 """The blocking face: the same calls, run on one background loop per process and waited for."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from enum import StrEnum
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, Literal, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Final, Generic, Literal, ParamSpec, Self, TypeVar
 
 from mindtrace.jobs.backend import Backend, QueueSpec
 from mindtrace.jobs.backends import LOCAL, address
@@ -25,9 +26,14 @@ from mindtrace.jobs.worker import Worker
 if TYPE_CHECKING:
     from mindtrace.jobs.backends.redis import RedisBackend
 
+_log = logging.getLogger(__name__)
+
 B = TypeVar("B", bound=Backend)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+_AHEAD = 8  # deliveries that `consume` holds beyond the one it runs, while runs are short
 
 
 class BackendType(StrEnum):
@@ -62,7 +68,7 @@ def blocking(
 class Client(Generic[B]):
     """A backend for the blocking API: opened on the background loop when it is first used; in a forked child anew."""
 
-    backend_type: BackendType
+    backend_type: ClassVar[BackendType]
 
     def __init__(self) -> None:
         self._backend = self._new(None)
@@ -131,7 +137,7 @@ class Client(Generic[B]):
 class LocalClient(Client[LocalBackend]):
     """The backend in this process, for the blocking API; in a forked child anew, with its queues and no jobs."""
 
-    backend_type: Final = BackendType.LOCAL
+    backend_type: ClassVar[BackendType] = BackendType.LOCAL
 
     def consumer_backend(self, queue_name: str, orchestrator: "Orchestrator") -> "LocalConsumerBackend":
         """What drives a consumer on this backend."""
@@ -163,7 +169,7 @@ class RedisClient(Client["RedisBackend"]):
         ConfigError: a value is out of its range.
     """
 
-    backend_type: Final = BackendType.REDIS
+    backend_type: ClassVar[BackendType] = BackendType.REDIS
 
     def __init__(
         self,
@@ -184,22 +190,23 @@ class RedisClient(Client["RedisBackend"]):
     ) -> None:
         from mindtrace.jobs.backends.redis import RedisBackend  # with its driver, which nobody else has to load
 
-        self._make = lambda: RedisBackend(
-            host,
-            port,
-            db,
-            username=username,
-            password=password,
-            tls=tls,
-            ca_certs=ca_certs,
-            certfile=certfile,
-            keyfile=keyfile,
-            allow_insecure=allow_insecure,
-            namespace=namespace,
-            allow_eviction=allow_eviction,
-            require_durable=require_durable,
+        self._set_up(
+            lambda: RedisBackend(
+                host,
+                port,
+                db,
+                username=username,
+                password=password,
+                tls=tls,
+                ca_certs=ca_certs,
+                certfile=certfile,
+                keyfile=keyfile,
+                allow_insecure=allow_insecure,
+                namespace=namespace,
+                allow_eviction=allow_eviction,
+                require_durable=require_durable,
+            )
         )
-        super().__init__()
 
     @classmethod
     def from_url(
@@ -219,19 +226,24 @@ class RedisClient(Client["RedisBackend"]):
         from mindtrace.jobs.backends.redis import RedisBackend
 
         client = cls.__new__(cls)
-        client._make = lambda: RedisBackend.from_url(
-            url,
-            namespace=namespace,
-            allow_insecure=allow_insecure,
-            allow_eviction=allow_eviction,
-            require_durable=require_durable,
+        client._set_up(
+            lambda: RedisBackend.from_url(
+                url,
+                namespace=namespace,
+                allow_insecure=allow_insecure,
+                allow_eviction=allow_eviction,
+                require_durable=require_durable,
+            )
         )
-        Client.__init__(client)
         return client
 
     def consumer_backend(self, queue_name: str, orchestrator: "Orchestrator") -> "RedisConsumerBackend":
         """What drives a consumer on this backend."""
         return RedisConsumerBackend(queue_name, orchestrator)
+
+    def _set_up(self, make: Callable[[], "RedisBackend"]) -> None:
+        self._make = make
+        super().__init__()
 
     def _new(self, old: "RedisBackend | None") -> "RedisBackend":
         return self._make()
@@ -325,6 +337,7 @@ class Orchestrator(_Face):
             backend, require=self._require, payload_limit=self._payload_limit, listeners=self._listeners
         )
         twin.check_traits()
+        _log.info("backend %s open, durability %s", backend.traits.name, backend.traits.durability)
         self._twin = twin
         if old is not None:
             for schema in list(old.schemas.values()):
@@ -415,6 +428,7 @@ class _Consuming:
                 [self._consumer],
                 concurrency=1,
                 timeout=None,
+                ahead=_AHEAD,
                 max_jobs=self._num_messages,
                 poll_timeout=self._poll_timeout,
                 threads=self.caller,

@@ -9,15 +9,17 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, Self
 
+from mindtrace.jobs.ahead import LONG, Ahead
 from mindtrace.jobs.backend import Receiver
 from mindtrace.jobs.consumer import AnyConsumer
 from mindtrace.jobs.delivery import Dead, Delivery, Done, Release, Settled, Settlement
 from mindtrace.jobs.errors import (
+    AuthenticationFailed,
     BackendUnavailable,
     Closed,
     ConfigError,
@@ -39,6 +41,7 @@ _log = logging.getLogger(__name__)
 SUSPECT_CRASHES = 2
 """Crashes from which on a job is suspected of killing its worker, and is run with no other suspect beside it."""
 _SETTLE_TIMEOUT = 2.0
+_LONGEST_PAUSE = 1.0  # seconds between two tries where the broker is away
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ class Worker:
     application, in its loop, takes no signals and drains on exit.
 
     Args:
-        orchestrator: whose queues; it is opened already.
+        orchestrator: whose queues. One that nobody opened is opened, and closed again, by the worker; where its broker
+            is not there yet, the worker keeps trying.
         consumers: one for each kind of job, of either class. A blocking one runs in a thread.
         concurrency: jobs run at once, and the most that are held.
         timeout: seconds for one run, where neither publish nor schema nor class says; None for no limit.
@@ -81,6 +85,8 @@ class Worker:
         drain: seconds that runs have to end by themselves once the worker stops.
         cancel_grace: seconds that a cancelled run has to clean up.
         strict: take from the queues in the order of the consumers, in place of fair turns.
+        ahead: deliveries to hold beyond `concurrency` while runs take under 10 ms; handed back once one takes 100 ms.
+            None are with `ack="early"`, or on a backend that could not put them back in their place.
         max_jobs: stop after so many deliveries.
         until_idle: stop once nothing is ready.
         poll_timeout: the longest single wait for a job, in seconds; a job that comes meanwhile ends it at once.
@@ -106,6 +112,7 @@ class Worker:
         drain: float = 30.0,
         cancel_grace: float = 5.0,
         strict: bool = False,
+        ahead: int = 0,
         max_jobs: int | None = None,
         until_idle: bool = False,
         poll_timeout: float = 1.0,
@@ -118,6 +125,8 @@ class Worker:
         for option, value in (("concurrency", concurrency), ("max_jobs", max_jobs)):
             if value is not None and (not is_whole(value) or value < 1):
                 raise ConfigError(f"{option}={value!r}: a whole number from 1 on")
+        if not is_whole(ahead) or ahead < 0:
+            raise ConfigError(f"ahead={ahead!r}: a whole number from 0 on")
         for option, seconds in (("drain", drain), ("cancel_grace", cancel_grace), ("unknown_ttl", unknown_ttl)):
             if not is_seconds(seconds) or seconds < 0:
                 raise ConfigError(f"{option}={seconds!r}: seconds from 0 on")
@@ -149,17 +158,21 @@ class Worker:
             policy=policy,
             random=self._random,
             listeners=self._listeners,
-            nudge=self._nudge,
+            nudge=self._on_change,
+            ended=self._on_end,
             stop_for=self._stop_for,
             ending=self._is_ending,
         )
         self._receiver: Receiver | None = None
+        can_wait = orchestrator.backend.traits.keeps_place and all(consumer.ack != "early" for consumer in consumers)
+        self._ahead = Ahead(ahead if can_wait else 0)
+        self._patience: asyncio.TimerHandle | None = None
         self._taken = 0
         self._stopping: float | None = None  # when the drain is over, on the monotonic clock
         self._cancelling = False
         self._fatal: BaseException | None = None
         self._connected, self._turned = True, time.monotonic()
-        self._ready = asyncio.Event()
+        self._ready, self._stop_asked = asyncio.Event(), asyncio.Event()
         self._main: asyncio.Task[Any] | None = None
         self._cancels = 0  # that its task had swallowed before
         self._group: asyncio.TaskGroup | None = None
@@ -238,6 +251,8 @@ class Worker:
             self._stopping = time.monotonic() + (0.0 if now else self._drain)
         if now:
             self._cancelling = True
+        self._stop_asked.set()
+        self._hand_back_waiting()
         self._nudge()
 
     def health(self) -> Health:
@@ -255,16 +270,11 @@ class Worker:
             raise Closed("a worker runs once: make a new one")
         self._main = asyncio.current_task()
         self._cancels = self._main.cancelling() if self._main is not None else 0
-        await self._routes.lay()
         try:
-            async with self.orchestrator.backend.receiver(
-                self._routes.queues,
-                slots=self.concurrency,
-                lease=self._lease,
-                crash_limit=self._routes.crash_limit,
-                strict=self._strict,
-                lost=self._runs.lose,
-            ) as receiver:
+            async with AsyncExitStack() as stack:
+                receiver = await self._arrive(stack)
+                if receiver is None:
+                    return
                 self._receiver = receiver
                 self._log_start()
                 self._ready.set()
@@ -278,6 +288,41 @@ class Worker:
                 self._pool.close()
         if self._fatal is not None:
             raise self._fatal
+
+    async def _arrive(self, stack: AsyncExitStack) -> Receiver | None:
+        """Find or declare the queues, and receive from them; waits for a broker that is not there. None: stopped."""
+        while True:
+            try:
+                await self._routes.lay()
+                return await stack.enter_async_context(
+                    self.orchestrator.backend.receiver(
+                        self._routes.queues,
+                        slots=self.concurrency + self._ahead.most,
+                        lease=self._lease,
+                        crash_limit=self._routes.crash_limit,
+                        strict=self._strict,
+                        lost=self._runs.lose,
+                    )
+                )
+            except AuthenticationFailed:
+                raise
+            except (Closed, BackendUnavailable) as error:
+                try:
+                    if isinstance(error, Closed):
+                        await self.orchestrator.open()
+                        stack.push_async_callback(self.orchestrator.aclose)
+                        continue
+                except AuthenticationFailed:
+                    raise
+                except BackendUnavailable as still:
+                    error = still
+                self._connected = False
+                _log.warning("worker %s: %s; trying on", self.name, error)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._random.uniform(0.1, _LONGEST_PAUSE)):
+                    await self._stop_asked.wait()
+            if self._stop_asked.is_set():
+                return None
 
     # --- the pump: settle what finished, take what there is room for, start it
 
@@ -298,12 +343,13 @@ class Worker:
             room = self._room()
             try:
                 exchanged = await receiver.exchange([(f.delivery, f.settlement) for f in finished], room, wait=wait)
+            except AuthenticationFailed:
+                raise  # it would be refused again
             except BackendUnavailable as error:
                 failures += 1
                 self._connected = False
                 _log.warning("worker %s: %s", self.name, error)
-                longest = 1.0 if stopping is not None else min(10.0, 0.2 * 2 ** min(failures, 6))
-                await asyncio.sleep(self._random.uniform(0.1, longest))
+                await asyncio.sleep(self._random.uniform(0.1, min(_LONGEST_PAUSE, 0.2 * 2 ** min(failures, 6))))
                 continue
             failures = 0
             self._connected, self._turned = True, time.monotonic()
@@ -324,7 +370,7 @@ class Worker:
         """How many more deliveries there is room for."""
         if self._stopping is not None:
             return 0
-        room = self.concurrency - len(self._runs)
+        room = self._ahead.room(self.concurrency - len(self._runs))
         return room if self._max_jobs is None else min(room, self._max_jobs - self._taken)
 
     async def _begin(self, receiver: Receiver, deliveries: list[Delivery]) -> None:
@@ -341,19 +387,57 @@ class Worker:
                     self._taken -= 1
                     continue
                 suspect = True
-            try:
-                route, envelope = self._routes.find(delivery)
-            except (Refused, UnknownSchema) as error:
-                self._runs.refuse(delivery, error)
-                continue
-            runs.append(Run(delivery, route, envelope))
-            if route.consumer.ack == "early":
-                first.append(Finished(delivery, Done(), envelope.schema_name))
+            if len(self._runs) + len(runs) >= self.concurrency:
+                self._ahead.add(delivery)
+            elif (run := self._run_of(delivery)) is not None:
+                runs.append(run)
+                if run.route.consumer.ack == "early":
+                    first.append(Finished(delivery, Done(), run.envelope.schema_name))
         gone = await self._settle_first(receiver, first) if first else frozenset[Delivery]()
         for run in runs:
             if run.delivery not in gone and not run.delivery.lost:
                 run.settled = run.route.consumer.ack == "early"
+                self._ahead.started()
                 self._runs.start(run)
+        if len(self._ahead) and self._patience is None:
+            self._patience = asyncio.get_running_loop().call_later(LONG, self._on_patience)
+
+    def _run_of(self, delivery: Delivery) -> Run | None:
+        """What is to be run; None where it cannot be, and is settled at once."""
+        try:
+            route, envelope = self._routes.find(delivery)
+        except (Refused, UnknownSchema) as error:
+            self._runs.refuse(delivery, error)
+            return None
+        return Run(delivery, route, envelope)
+
+    def _on_change(self) -> None:
+        """There is something to settle, or a slot is free: give it to who waits for it, if anyone does."""
+        while len(self._runs) < self.concurrency and (delivery := self._ahead.next()) is not None:
+            run = self._run_of(delivery)
+            if run is not None:
+                self._ahead.started()
+                self._runs.start(run)
+        self._nudge()
+
+    def _on_end(self, run: Run) -> None:
+        self._ahead.ended(time.monotonic() - run.started)
+
+    def _on_patience(self) -> None:
+        """While deliveries wait behind a run: hand them back if it takes long."""
+        self._patience = None
+        if len(self._ahead):
+            held_up_for = self._ahead.held_up_for()
+            if held_up_for >= LONG:
+                self._hand_back_waiting()
+                self._nudge()
+            else:
+                self._patience = asyncio.get_running_loop().call_later(LONG - held_up_for, self._on_patience)
+
+    def _hand_back_waiting(self) -> None:
+        given_up = self._ahead.give_up()
+        self._taken -= len(given_up)
+        self._runs.finished += [Finished(delivery, Release()) for delivery in given_up]
 
     async def _settle_first(self, receiver: Receiver, first: list[Finished]) -> frozenset[Delivery]:
         """Settle before anything is run. Returns those for which that failed: they are not to be run."""
