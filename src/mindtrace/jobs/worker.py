@@ -413,15 +413,20 @@ class Worker:
 
     def _on_change(self) -> None:
         """There is something to settle, or a slot is free: give it to who waits for it, if anyone does."""
+        if self._ahead.most:
+            self._start_waiting()
+        self._nudge()
+
+    def _start_waiting(self) -> None:
         while len(self._runs) < self.concurrency and (delivery := self._ahead.next()) is not None:
             run = self._run_of(delivery)
             if run is not None:
                 self._ahead.started()
                 self._runs.start(run)
-        self._nudge()
 
     def _on_end(self, run: Run) -> None:
-        self._ahead.ended(time.monotonic() - run.started)
+        if self._ahead.most:
+            self._ahead.ended(time.monotonic() - run.started)
 
     def _on_patience(self) -> None:
         """While deliveries wait behind a run: hand them back if it takes long."""

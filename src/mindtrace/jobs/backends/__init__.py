@@ -38,9 +38,9 @@ def address(url: str | None) -> str:
     url = url or os.environ.get("MINDTRACE_JOBS_URL") or LOCAL
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in ("local", "redis", "rediss"):
-        raise ConfigError(
-            f"no backend for {scheme[:20]}{separator} in this version: local://, redis:// and rediss:// are there"
-        )
+        # Without a separator all of it is the "scheme", a password perhaps included.
+        shown = f"{scheme[:20]}://" if separator else "a URL without ://"
+        raise ConfigError(f"no backend for {shown} in this version: local://, redis:// and rediss:// are there")
     if scheme == "local" and rest:
         raise ConfigError("local:// takes nothing behind it: it is in this process, and its jobs are in memory")
     return url

@@ -61,8 +61,11 @@ class Address:
         try:
             parts = urlsplit(url)
             port = 6379 if parts.port is None else parts.port
-        except ValueError as error:
-            raise ConfigError("the URL's port or address is not one: redis://host:6379/0") from error
+        except ValueError:
+            # Without its cause, which quotes what stands where the port should: perhaps the end of a password.
+            raise ConfigError(
+                "the URL's port or address is not one: redis://host:6379/0; in a password / ? # @ are %2F %3F %23 %40"
+            ) from None
         if parts.scheme not in ("redis", "rediss"):
             raise ConfigError(f"no Redis URL: {parts.scheme[:20]}://, and not redis:// or rediss://")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -73,7 +76,7 @@ class Address:
         if query and not tls:
             raise ConfigError(f"{', '.join(sorted(query))} are for rediss://, the encrypted connection")
         path = parts.path.strip("/")
-        if path and not (path.isascii() and path.isdigit()):
+        if path and not (path.isascii() and path.isdigit() and len(path) <= 10):
             raise ConfigError("the URL's path is the number of the database: redis://host:6379/0")
         return cls(
             host=parts.hostname or "localhost",

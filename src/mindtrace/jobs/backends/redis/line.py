@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from hiredis import pack_command
 from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError, ResponseError
 
@@ -100,7 +101,7 @@ class Line:
                 packed: list[bytes] = []
                 for request in requests:
                     request.sent += 1
-                    packed += self._connection.pack_command(*request.words)
+                    packed.append(pack_command(tuple(request.words)))
                 await self._connection.send_packed_command(packed, check_health=False)
         except Exception as error:
             self.drop(error)

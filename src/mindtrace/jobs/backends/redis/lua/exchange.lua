@@ -19,6 +19,8 @@ local CALL = prefix .. 'call:' .. RECEIVER
 local PASSING = 500              -- due jobs and lapsed leases that one call moves
 local REPLY = 8 * 1024 * 1024    -- bytes of bodies in one reply, unless the first one alone is longer
 
+local ENTRY = '^' .. string.rep('%d', 16) .. '%w[%w._:-]*$'
+
 local reply = {FORMAT, 'ok', '', -1, 0}
 
 local function id_and_number(receipt)
@@ -27,10 +29,9 @@ local function id_and_number(receipt)
 end
 
 local function add_delivery(receipt, body, job)
-  reply[#reply + 1] = receipt
-  reply[#reply + 1] = body
-  reply[#reply + 1] = string.format('%d %d %d %d %d', job.attempts, job.crashes, job.releases, job.priority,
-    job.crash_limit)
+  local n = #reply
+  reply[n + 1], reply[n + 2] = receipt, body
+  reply[n + 3] = string.format('%d %d %d %d %d', job.attempts, job.crashes, job.releases, job.priority, job.crash_limit)
 end
 
 -- The same call again: its answer was lost on the way. What lapsed since is not given any more.
@@ -50,7 +51,7 @@ local function settle_done(receipts)
     outcomes[i] = deadline and '1' or '0'
     if deadline then
       held[#held + 1] = receipts[i]
-      ids[#ids + 1] = id_and_number(receipts[i])
+      ids[#ids + 1] = string.match(receipts[i], ':(.*)$', 18) or '' -- behind 16 digits, ':' and the number's first one
     end
   end
   if #held > 0 then
@@ -166,14 +167,14 @@ local function hand_out()
     local size = redis.call('HSTRLEN', JOBS, id) -- before any body is read
     if size > LARGEST then
       bury_foreign(entry, score, 'too_large')
-    elseif #id > 128 or not string.find(id, '^%w[%w._:-]*$') or not string.find(entry, '^%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d') then
+    elseif #id > 128 or not string.find(entry, ENTRY) then
       bury_foreign(entry, score, 'malformed')
     else
       bytes = bytes + size
       if bytes > REPLY and #ids > 0 then
         break
       end
-      ids[#ids + 1], entries[#entries + 1], priorities[#priorities + 1] = id, entry, -tonumber(score)
+      ids[#ids + 1], entries[#entries + 1], priorities[#priorities + 1] = id, entry, 0 - tonumber(score)
     end
     taken[#taken + 1] = entry
   end
@@ -187,17 +188,25 @@ local function hand_out()
   local leases, texts = {}, {}
   local deadline = digits(now + LEASE)
   for i, id in ipairs(ids) do
-    local job = numbers_of(states[i])
-    job.attempts = job.attempts + 1 -- on receive, not on settle, or a job that kills its worker would never run out
-    job.number = job.number + 1
-    job.priority, job.place = priorities[i], tonumber(string.sub(entries[i], 1, 16))
+    local receipt, text
     if not bodies[i] then
       redis.call('HSET', JOBS, id, '') -- an entry without a body: the worker will find that it says nothing
     end
-    local receipt = RANDOM .. ':' .. digits(job.number) .. ':' .. id
+    if states[i] then
+      local job = numbers_of(states[i])
+      job.attempts = job.attempts + 1 -- on receive, not on settle, or a job that kills its worker would never run out
+      job.number = job.number + 1
+      job.priority, job.place = priorities[i], tonumber(string.sub(entries[i], 1, 16))
+      receipt, text = RANDOM .. ':' .. digits(job.number) .. ':' .. id, text_of(job)
+      add_delivery(receipt, bodies[i] or '', job)
+    else -- the same for a job's first time, which nearly all are, and at half the price
+      receipt = RANDOM .. ':1:' .. id
+      text = '1 0 0 1 0 ' .. priorities[i] .. ' ' .. string.sub(entries[i], 1, 16) .. ' -1'
+      local n = #reply
+      reply[n + 1], reply[n + 2], reply[n + 3] = receipt, bodies[i] or '', '1 0 0 ' .. priorities[i] .. ' -1'
+    end
     leases[2 * i - 1], leases[2 * i] = deadline, receipt
-    texts[2 * i - 1], texts[2 * i] = id, text_of(job)
-    add_delivery(receipt, bodies[i] or '', job)
+    texts[2 * i - 1], texts[2 * i] = id, text
   end
   redis.call('HSET', STATES, unpack(texts))
   redis.call('ZADD', LEASED, unpack(leases))

@@ -20,7 +20,7 @@ end
 local ended_now = redis.call('SMISMEMBER', known_key(0), unpack(ids))
 local ended_before = redis.call('SMISMEMBER', known_key(1), unpack(ids))
 
-local outcomes, new, first = {}, {}, {}
+local outcomes, new, first = {}, {}, {} -- `first`: body by id, of those that are stored here
 for i, id in ipairs(ids) do
   local body, options = ARGV[3 * i - 1], ARGV[3 * i]
   local priority, sign, due, crash_limit = 0, '', 0, -1
