@@ -361,11 +361,16 @@ def checked_queue_name(name: str) -> str:
         ConfigError: not `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`, or reserved: the prefix `amq.`, and the suffixes `.dead`,
             `.hold`, `.bell`, which name parts of a queue.
     """
-    if not _is_text(name, _QUEUE_NAME):
+    if not is_queue_name(name):
         raise ConfigError(f"{name!r} is no queue name: 1 to 128 of A-Z a-z 0-9 . _ -, a letter or digit first")
     if name.startswith("amq.") or name.endswith(_RESERVED_SUFFIXES):
         raise ConfigError(f"the queue name {name!r} is reserved: no prefix amq., no suffix .dead, .hold or .bell")
     return name
+
+
+def is_queue_name(value: object) -> bool:
+    """Whether it is text that can name a queue."""
+    return _is_text(value, _QUEUE_NAME)
 
 
 def is_job_id(value: object) -> bool:

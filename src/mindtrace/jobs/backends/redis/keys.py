@@ -33,6 +33,8 @@ a body of 260. A running one has two small fields more; an id that ended costs a
 
 from functools import cached_property
 
+from mindtrace.jobs.job import is_queue_name
+
 DEFAULT_NAMESPACE = "mtj"
 
 
@@ -46,7 +48,8 @@ class QueueKeys:
 
     def __init__(self, namespace: str, queue: str) -> None:
         self.queue: str = queue
-        self.prefix: str = f"{namespace}:{{{queue}}}:"
+        # What is no name was never declared: its keys are those of a queue that cannot be, and reach no other's.
+        self.prefix: str = f"{namespace}:{{{queue if is_queue_name(queue) else '!'}}}:"
 
     @cached_property
     def spec(self) -> str:

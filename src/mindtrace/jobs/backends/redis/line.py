@@ -22,9 +22,10 @@ class Request:
         deadline: on the monotonic clock; then it is given up.
         patience: seconds that the server may be silent while this is the next to be answered.
         again: whether it is sent again on the next line when this one is lost.
+        fallback: sent instead where the server knows no such script.
     """
 
-    __slots__ = ("again", "answer", "deadline", "done", "fallback", "patience", "sent", "words")
+    __slots__ = ("again", "answer", "deadline", "done", "fallback", "packed", "patience", "sent")
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class Request:
         again: bool = True,
         fallback: Words | None = None,
     ) -> None:
-        self.words: Words = words
+        self.packed: bytes = _packed(words)  # now: what cannot be packed is its caller's error
         self.answer: Callable[[Any, BaseException | None], None] = answer
         self.deadline: float = deadline
         self.patience: float = patience
@@ -44,6 +45,16 @@ class Request:
         self.fallback: Words | None = fallback
         self.sent: int = 0
         self.done: bool = False
+
+    def fall_back(self) -> None:
+        """Send the other words from now on."""
+        if self.fallback is not None:
+            self.packed, self.fallback = _packed(self.fallback), None
+
+
+def _packed(words: Words) -> bytes:
+    command: Any = tuple(words)  # its stub knows tuples of one only
+    return pack_command(command)
 
 
 class Line:
@@ -101,7 +112,7 @@ class Line:
                 packed: list[bytes] = []
                 for request in requests:
                     request.sent += 1
-                    packed.append(pack_command(tuple(request.words)))
+                    packed.append(request.packed)
                 await self._connection.send_packed_command(packed, check_health=False)
         except Exception as error:
             self.drop(error)

@@ -219,7 +219,7 @@ class Link:
             request.done = True
             request.answer(reply, None)
         elif isinstance(reply, NoScriptError) and request.fallback is not None:
-            request.words, request.fallback = request.fallback, None
+            request.fall_back()
             self._redo.append(request)
         elif isinstance(reply, _NOT_NOW) or str(reply).startswith(_TRY_AGAIN):
             # Another server may be the master now: look the address up again.

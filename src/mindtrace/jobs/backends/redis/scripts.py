@@ -211,7 +211,10 @@ def milliseconds(seconds: float) -> int:
 
 
 def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # nothing that `text_of` gives: there is no such id, and the server will say so
+        return text.encode("utf-8", "surrogatepass")
 
 
 def _in(seconds: float) -> float:
