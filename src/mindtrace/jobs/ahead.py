@@ -1,4 +1,4 @@
-"""`Ahead`: deliveries received before there is a slot for them. Where runs are short it saves most of the round trips."""
+"""`Ahead`: deliveries received before there is a slot for them; where runs are short it saves round trips."""
 
 import time
 from collections import deque

@@ -74,8 +74,9 @@ class Background:
             return
         until = time.monotonic() + _EXIT_TIMEOUT
         with suppress(RuntimeError):  # the loop has ended already
+            closing = portal.start_task_soon(self._close_all)
             try:
-                portal.start_task_soon(self._close_all).result(_EXIT_TIMEOUT)
+                closing.result(_EXIT_TIMEOUT)
             except TimeoutError:
                 _log.warning(
                     "closing at exit took longer than %g s: what is unsettled is for the leases", _EXIT_TIMEOUT
@@ -112,7 +113,10 @@ class Background:
 
     async def _close_all(self) -> None:
         for close in self._closing[::-1]:
-            await close()
+            try:
+                await close()
+            except Exception:  # one that fails must not keep the others open
+                _log.exception("closing at exit")
 
 
 async def _answered(function: Callable[[], Coroutine[Any, Any, R]], future: "Future[R]") -> None:

@@ -456,7 +456,7 @@ class Worker:
             delivery, settlement, run = end.delivery, end.settlement, end.run
             if answer is None:
                 self.handled += not isinstance(settlement, Release)
-            elif not delivery.lost:
+            elif run is None or not run.job.lease_lost:  # else it is said already
                 _log.warning("job %s: %s", delivery.message.id, answer, extra=about(delivery, self.name))
             if self._listeners:
                 event = JobSettled(

@@ -66,6 +66,8 @@ class Address:
             raise ConfigError(
                 "the URL's port or address is not one: redis://host:6379/0; in a password / ? # @ are %2F %3F %23 %40"
             ) from None
+        if parts.fragment or "@" in parts.path + parts.query:
+            raise ConfigError("the URL has # or a second @: in a password / ? # @ are written %2F %3F %23 %40")
         if parts.scheme not in ("redis", "rediss"):
             raise ConfigError(f"no Redis URL: {parts.scheme[:20]}://, and not redis:// or rediss://")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))

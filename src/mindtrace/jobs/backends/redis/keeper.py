@@ -7,8 +7,8 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from random import Random
 
@@ -39,6 +39,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed: asyncio.Event | None = None
+        self._ended: Future[None] = Future()
         self._stopped = False
 
     def keep(self, receiver: RedisReceiver) -> None:
@@ -48,7 +49,7 @@ class Keeper:
         if self._thread is None:
             started: Future[None] = Future()
             self._thread = threading.Thread(
-                target=lambda: asyncio.run(self._run(started)), name="mindtrace-jobs keeper", daemon=True
+                target=self._serve, args=(started,), name="mindtrace-jobs keeper", daemon=True
             )
             self._thread.start()
             started.result()
@@ -65,13 +66,19 @@ class Keeper:
         self._stopped = True
         if thread is not None:
             self._tell()
-            ended = asyncio.get_running_loop().run_in_executor
-            await ended(None, thread.join, _CLOSE_WITHIN)
+            # Without an executor to join it in: at the interpreter's exit there is none any more.
+            await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=_CLOSE_WITHIN)
 
     def _tell(self) -> None:
         loop, changed = self._loop, self._changed
         if loop is not None and changed is not None and not loop.is_closed():
             loop.call_soon_threadsafe(changed.set)
+
+    def _serve(self, started: "Future[None]") -> None:
+        try:
+            asyncio.run(self._run(started))
+        finally:
+            self._ended.set_result(None)
 
     async def _run(self, started: "Future[None]") -> None:
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()

@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from hiredis import pack_command
+import hiredis
 from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError, ResponseError
 
 Words = Sequence[str | bytes | int | float]
+
+
+# Its stub knows commands of one word only.
+_pack: Any = hiredis.pack_command  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 class Request:
@@ -53,8 +57,8 @@ class Request:
 
 
 def _packed(words: Words) -> bytes:
-    command: Any = tuple(words)  # its stub knows tuples of one only
-    return pack_command(command)
+    packed: bytes = _pack(tuple(words))
+    return packed
 
 
 class Line:

@@ -160,7 +160,7 @@ class Link:
             except (AuthenticationError, AuthorizationError) as error:
                 self._refused(error)
                 return
-            except (RedisError, OSError, TimeoutError) as error:
+            except (RedisError, OSError, TimeoutError, RuntimeError) as error:  # the last: no more threads, for DNS
                 if failures == 0:
                     _log.warning("no Redis at %s (%s): %s; trying on", self.address, self._role, _said(error))
                 self._why = error

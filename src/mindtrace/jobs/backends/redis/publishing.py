@@ -112,7 +112,7 @@ class Publisher:
                 return QueueFull(queue, int(reply[4]))
             case "k":
                 return NotSupported(
-                    f"priority {message.priority} on the queue {queue!r}",
+                    f"priority {message.priority} on the {reply[5].decode()} queue {queue!r}",
                     self._name,
                     "a queue declared with kind='priority'",
                 )

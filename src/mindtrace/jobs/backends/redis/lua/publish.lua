@@ -4,7 +4,7 @@
 -- KEYS[1] the queue's prefix
 -- ARGV    for each message, up to 500: id, body, and either '' or 'priority due crash_limit', where due is 0,
 --         '+' and ms from now, or '@' and ms since the epoch, and crash_limit -1 for none
--- Returns format, and 'missing' for a queue that is not there; or 'ok', a letter for each message, levels, most:
+-- Returns format, and 'missing' for a queue that is not there; or 'ok', a letter for each message, levels, most, kind:
 --   s stored, d duplicate, b duplicate with another body, f full, k no priority queue, l not one of its levels
 
 local spec = redis.call('HMGET', SPEC, 'kind', 'levels', 'most')
@@ -83,4 +83,4 @@ if #new > 0 then
     ring()
   end
 end
-return {FORMAT, 'ok', table.concat(outcomes), spec[2], spec[3]}
+return {FORMAT, 'ok', table.concat(outcomes), spec[2], spec[3], spec[1]}
