@@ -22,11 +22,12 @@ class Bell:
     def __init__(self, link: Link, rung: Callable[[str | None], None]) -> None:
         self._link, self._rung = link, rung
         self._listening = False
+        self._not_before = 0.0
         self._queues: dict[bytes, str] = {}
 
     def listen(self, keys: Sequence[QueueKeys]) -> None:
         """Wait at these bells for a second, unless it is still waiting."""
-        if self._listening:
+        if self._listening or time.monotonic() < self._not_before:
             return
         self._link.start()
         self._queues = {one.bell.encode(): one.queue for one in keys}
@@ -46,6 +47,7 @@ class Bell:
     def _heard(self, reply: Any, error: BaseException | None) -> None:
         self._listening = False
         if error is not None:
+            self._not_before = time.monotonic() + LISTEN  # meanwhile there are the receiver's own looks
             self._rung(None)  # whatever was rung while the line was down was not heard
         elif reply is not None:
             self._rung(self._queues[reply[0]])

@@ -219,10 +219,12 @@ class Link:
             request.done = True
             request.answer(reply, None)
         elif isinstance(reply, NoScriptError) and request.fallback is not None:
+            request.sent -= 1  # nothing was executed
             request.fall_back()
             self._redo.append(request)
         elif isinstance(reply, _NOT_NOW) or str(reply).startswith(_TRY_AGAIN):
-            # Another server may be the master now: look the address up again.
+            # Nothing was executed, and another server may be the master now: look the address up again.
+            request.sent -= 1
             self._redo.append(request)
             if self._line is not None:
                 self._line.drop(reply)

@@ -81,6 +81,11 @@ class Publisher:
         letters = b"" if error is not None or reply[1] == b"missing" else reply[2]
         if again:  # what is there already was stored by a sending of ours whose reply was lost
             letters = letters.replace(b"d", b"s")
+        if len(call) > 1 and b"f" in letters:
+            # Together they did not fit, and nothing was stored: each caller's own may.
+            for batch in call:
+                self._send(queue, [batch])
+            return
         at = 0
         for messages, future in call:
             if future.done():  # its caller was cancelled

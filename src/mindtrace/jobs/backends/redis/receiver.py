@@ -67,7 +67,7 @@ class RedisReceiver(Receiver):
         self._left: list[Delivery] = []  # taken for a caller who did not wait for them
         self._left_timer: asyncio.TimerHandle | None = None
         self._gone: set[str] = set()  # queues that were not there when last heard of
-        self._turn = 0
+        self._next = self._names[:AT_ONCE]  # queues to look at next, and to listen at until then
         self._looked, self._look_at = -math.inf, math.inf
         self._waiting: asyncio.Future[None] | None = None
         self._rung = self._nudged = self._ended = False
@@ -173,8 +173,9 @@ class RedisReceiver(Receiver):
                 first_of.setdefault(delivery, settlement)
         settling = list(first_of.items())
         room = min(limit - len(deliveries), self._slots - len(self.held) + len(settling))
-        asked = self._next_queues() if room > 0 else ()
-        if asked:
+        asked: Sequence[str] = ()
+        if room > 0:
+            asked, self._next = self._next, self._after(self._next)
             self._looked, self._look_at = time.monotonic(), math.inf
         left: dict[str, int] = {}
         answers: dict[Delivery, Settled] = {}
@@ -203,13 +204,17 @@ class RedisReceiver(Receiver):
             settled.append(answers.pop(delivery, LeaseLost(delivery.message.id)))
         return settled, tuple(name for name in self._names if name in self._gone)
 
-    def _next_queues(self) -> Sequence[str]:
-        """Those to look at, the first in turn first."""
+    def _after(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        """Those to look at after these: the next hundred, or all of them with another one first."""
         names = self._names
-        if self._strict or len(names) == 1:
-            return names
-        self._turn = (self._turn + (AT_ONCE if len(names) > AT_ONCE else 1)) % len(names)
-        return (names[self._turn :] + names[: self._turn])[:AT_ONCE]
+        if len(names) <= AT_ONCE:
+            return names if self._strict else asked[1:] + asked[:1]
+        return self._from(asked[-1], 1)
+
+    def _from(self, name: str, further: int = 0) -> tuple[str, ...]:
+        """A hundred from this one on."""
+        at = self._names.index(name) + further
+        return (self._names[at:] + self._names[:at])[:AT_ONCE]
 
     def _limits(self, asked: Sequence[str], left: dict[str, int], room: int) -> dict[str, int]:
         """How many to ask each queue for; `left` is what those asked before still had. Empty: there is no more."""
@@ -245,6 +250,10 @@ class RedisReceiver(Receiver):
                 self._tell_lost(delivery)
         for queue in a_round.missing:
             self.lose_all(queue)
+        if self._ended:  # nobody is here any more to take what came so late
+            late = [delivery for some in a_round.deliveries.values() for delivery in some if delivery in self.held]
+            if late:
+                self._begin([(delivery, Release()) for delivery in late], {}).abandon()
 
     async def _catch_up(self) -> None:
         """Wait for the answers to calls whose callers are gone: what they took has a place here."""
@@ -302,20 +311,17 @@ class RedisReceiver(Receiver):
         self._waiting, self._rung = self.loop.create_future(), False
         timer = self.loop.call_later(max(0.0, until - time.monotonic()), self._wake)
         if has_room:
-            self._bell.listen([self._keys[name] for name in self._listened()])
+            self._bell.listen([self._keys[name] for name in self._next])
         try:
             await self._waiting
         except asyncio.CancelledError:
             if self._rung:
-                self._pass_on(self._names[0])
+                self._pass_on(self._next[0])
             raise
         finally:
             self._waiting = None
             timer.cancel()
         return self._rung
-
-    def _listened(self) -> Sequence[str]:
-        return self._names if len(self._names) <= AT_ONCE else self._next_queues()
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
@@ -324,6 +330,8 @@ class RedisReceiver(Receiver):
     def _on_ring(self, queue: str | None) -> None:
         if self._waiting is not None and self._slots > len(self.held):
             self._rung = True
+            if queue is not None and queue not in self._next:  # it was listened at before the look went on
+                self._next = self._from(queue)
             self._wake()
         elif queue is not None:
             self._pass_on(queue)

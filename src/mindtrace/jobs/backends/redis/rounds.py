@@ -3,8 +3,9 @@
 import asyncio
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from mindtrace.jobs.backend import BATCH
@@ -116,6 +117,8 @@ class Claims:
 
     def __init__(self, scripts: Scripts, calls: CallNumbers, lease: float, crash_limit: int) -> None:
         self._scripts, self._calls, self._lease, self._crash_limit = scripts, calls, lease, crash_limit
+        # The server remembers the last call only: to each queue one is in flight, and these wait behind it.
+        self._behind: dict[str, deque[Callable[[], None]]] = {}
 
     def send(
         self,
@@ -146,7 +149,18 @@ class Claims:
             todo.append((keys, min(limit, BATCH), mine))
         a_round.unanswered = len(todo)
         for keys, limit, mine in todo:
-            self._send_one(a_round, keys, limit, mine, waits, deadline)
+            send = partial(self._send_one, a_round, keys, limit, mine, waits, deadline)
+            if keys.queue in self._behind:
+                self._behind[keys.queue].append(send)
+            else:
+                self._behind[keys.queue] = deque()
+                send()
+
+    def _send_next(self, queue: str) -> None:
+        if self._behind[queue]:
+            self._behind[queue].popleft()()
+        else:
+            del self._behind[queue]
 
     def _send_one(
         self, a_round: Round, keys: QueueKeys, limit: int, pairs: _Pairs, waits: bool, deadline: float | None
@@ -176,6 +190,7 @@ class Claims:
                 a_round.missing.append(keys.queue)
             else:
                 self._read(a_round, keys.queue, in_order, reply, now + self._lease)
+            self._send_next(keys.queue)
             a_round.one_less()
 
         self._scripts.send_exchange(keys, words, deadline, answer)
