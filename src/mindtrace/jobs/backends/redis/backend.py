@@ -178,9 +178,11 @@ class RedisBackend(Backend):
     async def declare(self, spec: QueueSpec, *, attach: bool = False) -> None:
         """Make the queue if there is none."""
         scripts = self._opened().scripts
-        # In a call of its own, since it lies in another slot; before, or a crash could leave a queue nobody lists.
-        await scripts.command("SADD", registry(self._namespace), spec.name)
-        there = await scripts.declare(self._keys(spec.name), spec)
+        # What is there already is not written again: a worker has to be able to start where the server is full.
+        # The name in a call of its own, since it lies in another slot; before, or a crash leaves a queue nobody lists.
+        if not await scripts.command("SISMEMBER", registry(self._namespace), spec.name):
+            await scripts.command("SADD", registry(self._namespace), spec.name)
+        there = await self._spec(scripts, spec.name) or await scripts.declare(self._keys(spec.name), spec)
         if not attach and there != spec:
             raise QueueMismatch(
                 spec.name,

@@ -21,33 +21,44 @@ class Bell:
 
     def __init__(self, link: Link, rung: Callable[[str | None], None]) -> None:
         self._link, self._rung = link, rung
-        self._listening = False
+        self._wanted: dict[bytes, str] | None = None  # while the receiver waits: bell -> queue
+        self._listened: dict[bytes, str] | None = None  # at these there is a pop under way
         self._not_before = 0.0
-        self._queues: dict[bytes, str] = {}
 
     def listen(self, keys: Sequence[QueueKeys]) -> None:
-        """Wait at these bells for a second, unless it is still waiting."""
-        if self._listening or time.monotonic() < self._not_before:
-            return
+        """Wait at these bells, until `stop`."""
         self._link.start()
-        self._queues = {one.bell.encode(): one.queue for one in keys}
-        self._listening = True
+        self._wanted = {one.bell.encode(): one.queue for one in keys}
+        self._pop()
+
+    def stop(self) -> None:
+        """Wait no more; a pop that is under way ends by itself within a second."""
+        self._wanted = None
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        self._wanted = None
+        await self._link.aclose()
+
+    def _pop(self) -> None:
+        now = time.monotonic()
+        if self._wanted is None or self._listened is not None or now < self._not_before:
+            return
+        self._listened = self._wanted
         self._link.request(
-            ("BLPOP", *self._queues, LISTEN),
+            ("BLPOP", *self._listened, LISTEN),
             self._heard,
-            deadline=time.monotonic() + LISTEN + REPLY_WITHIN,
+            deadline=now + LISTEN + REPLY_WITHIN,
             patience=LISTEN + REPLY_WITHIN,
             again=False,
         )
 
-    async def aclose(self) -> None:
-        """Close the connection."""
-        await self._link.aclose()
-
     def _heard(self, reply: Any, error: BaseException | None) -> None:
-        self._listening = False
+        listened, self._listened = self._listened or {}, None
         if error is not None:
             self._not_before = time.monotonic() + LISTEN  # meanwhile there are the receiver's own looks
             self._rung(None)  # whatever was rung while the line was down was not heard
         elif reply is not None:
-            self._rung(self._queues[reply[0]])
+            self._rung(listened[reply[0]])
+        else:
+            self._pop()

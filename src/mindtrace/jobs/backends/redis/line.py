@@ -27,9 +27,10 @@ class Request:
         patience: seconds that the server may be silent while this is the next to be answered.
         again: whether it is sent again on the next line when this one is lost.
         fallback: sent instead where the server knows no such script.
+        waits_out: sent again after a while where the server cannot write now; else that is the answer.
     """
 
-    __slots__ = ("again", "answer", "deadline", "done", "fallback", "packed", "patience", "sent")
+    __slots__ = ("again", "answer", "deadline", "done", "fallback", "packed", "patience", "sent", "waits_out")
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Request:
         patience: float = 5.0,
         again: bool = True,
         fallback: Words | None = None,
+        waits_out: bool = False,
     ) -> None:
         self.packed: bytes = _packed(words)  # now: what cannot be packed is its caller's error
         self.answer: Callable[[Any, BaseException | None], None] = answer
@@ -48,6 +50,7 @@ class Request:
         self.again: bool = again
         self.fallback: Words | None = fallback
         self.sent: int = 0
+        self.waits_out: bool = waits_out
         self.done: bool = False
 
     def fall_back(self) -> None:

@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 REPLY_WITHIN = 5.0
 """Seconds that the server may be silent while an answer is due."""
 _TICK = 0.1
+_LATER = 0.5
 _LONGEST_PAUSE = 1.5  # between two tries to connect, so that work goes on within 2 s of the server's return
 _NOT_NOW = (ReadOnlyError, TryAgainError, ClusterDownError)  # MASTERDOWN is a kind of the last one
 _TRY_AGAIN = ("BUSY", "LOADING", "MASTERDOWN", "UNBLOCKED", "NOREPLICAS")
@@ -59,6 +60,8 @@ class Link:
         self._line: Line | None = None
         self._backlog: deque[Request] = deque()
         self._redo: list[Request] = []  # told NOSCRIPT; while there are any, what comes later waits behind them
+        self._later: list[Request] = []  # refused by a server that cannot write now
+        self._later_at = 0.0
         self._failed: JobsError | None = None
         self._tried = asyncio.Event()
         self._why: BaseException | None = None
@@ -108,6 +111,7 @@ class Link:
         fallback: Words | None = None,
         patience: float = REPLY_WITHIN,
         again: bool = True,
+        waits_out: bool = False,
     ) -> Request:
         """Send a command and have the reply given to `answer`; or, after `deadline`, one of our errors.
 
@@ -118,11 +122,14 @@ class Link:
             fallback: sent instead where the server knows no such script.
             patience: seconds the server may take for it alone.
             again: send it again on the next line; else it fails with this one.
+            waits_out: send it again after a while where the server is full or cannot write its disk; else it fails.
 
         Returns:
             the request, which knows how often it was sent.
         """
-        request = Request(words, answer, deadline, patience=patience, again=again, fallback=fallback)
+        request = Request(
+            words, answer, deadline, patience=patience, again=again, fallback=fallback, waits_out=waits_out
+        )
         if self._closing or self._supervisor is None:
             answer(None, Closed("the connection to Redis is closed"))
         elif self._failed is not None:
@@ -229,6 +236,12 @@ class Link:
             if self._line is not None:
                 self._line.drop(reply)
             return
+        elif request.waits_out and _is_full(reply):
+            if not self._later:
+                _log.warning("Redis at %s cannot write: %s; trying on", self.address, _said(reply))
+                self._later_at = time.monotonic() + _LATER
+            request.sent -= 1
+            self._later.append(request)
         else:
             request.done = True
             request.answer(None, self._ours(request, reply))
@@ -244,7 +257,7 @@ class Link:
         ours: JobsError
         if isinstance(error, NoPermissionError | AuthenticationError) or text.startswith(("NOAUTH", "WRONGPASS")):
             ours = AuthenticationFailed(f"Redis at {self.address} does not allow it: {text}")
-        elif isinstance(error, OutOfMemoryError) or text.startswith(("OOM", "MISCONF")):
+        elif _is_full(error):
             if request.sent > 1:  # the sending before this one may have been executed
                 ours = BackendUnavailable(f"Redis at {self.address} is full: {text}", maybe_published=True)
             else:
@@ -292,6 +305,11 @@ class Link:
                     self._fail(request, f"its time is over ({_said(self._why)})" if self._why else "its time is over")
             self._backlog = deque(request for request in self._backlog if not request.done)
             self._watch_line()
+            if self._line is not None and self._later and now >= self._later_at:
+                later, self._later = self._later, []
+                self._backlog.extend(later)
+                if not self._redo:
+                    self._send_backlog()
         self._tick_soon()
 
     def _watch_line(self) -> None:
@@ -308,7 +326,11 @@ class Link:
 
     def _unanswered(self) -> list[Request]:
         line = [] if self._line is None else self._line.unanswered()
-        return [request for request in (*self._redo, *line, *self._backlog) if not request.done]
+        return [request for request in (*self._redo, *line, *self._backlog, *self._later) if not request.done]
+
+
+def _is_full(error: ResponseError) -> bool:
+    return isinstance(error, OutOfMemoryError) or str(error).startswith(("OOM", "MISCONF"))
 
 
 def _said(error: BaseException | None) -> str:

@@ -320,6 +320,7 @@ class RedisReceiver(Receiver):
             raise
         finally:
             self._waiting = None
+            self._bell.stop()
             timer.cancel()
         return self._rung
 

@@ -76,7 +76,7 @@ class Scripts:
 
     def send_exchange(self, keys: QueueKeys, words: Words, deadline: float, answer: Answer) -> Request:
         """Settle and receive, see exchange.lua."""
-        return self._send("exchange", keys, words, deadline, answer)
+        return self._send("exchange", keys, words, deadline, answer, waits_out=True)
 
     # For the others.
 
@@ -176,7 +176,9 @@ class Scripts:
         send(answer)
         return await future
 
-    def _send(self, name: str, keys: QueueKeys, words: Words, deadline: float, answer: Answer) -> Request:
+    def _send(
+        self, name: str, keys: QueueKeys, words: Words, deadline: float, answer: Answer, *, waits_out: bool = False
+    ) -> Request:
         found = script(name)
 
         def checked(reply: Any, error: BaseException | None) -> None:
@@ -189,6 +191,7 @@ class Scripts:
             checked,
             deadline=deadline,
             fallback=("EVAL", found.source, 1, keys.prefix, *words),
+            waits_out=waits_out,
         )
 
 
