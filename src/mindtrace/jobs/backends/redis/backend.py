@@ -26,13 +26,14 @@ from mindtrace.jobs.backends.redis.facts import Facts, judge, read_facts
 from mindtrace.jobs.backends.redis.keeper import Keeper
 from mindtrace.jobs.backends.redis.keys import DEFAULT_NAMESPACE, QueueKeys, registry
 from mindtrace.jobs.backends.redis.link import Link
-from mindtrace.jobs.backends.redis.publishing import Publisher
+from mindtrace.jobs.backends.redis.publishing import Publisher, in_parts
 from mindtrace.jobs.backends.redis.receiver import RedisReceiver
 from mindtrace.jobs.backends.redis.rounds import CallNumbers
 from mindtrace.jobs.backends.redis.scripts import Scripts, spec_of, text_of
 from mindtrace.jobs.delivery import Delivery, Published
-from mindtrace.jobs.errors import QueueInUse, QueueMismatch
+from mindtrace.jobs.errors import Closed, ConfigError, QueueInUse, QueueMismatch
 from mindtrace.jobs.job import PRIORITY_RANGE, checked_namespace
+from mindtrace.jobs.retry import is_seconds
 from mindtrace.jobs.wire import Message
 
 _log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class RedisBackend(Backend):
         namespace: what tells applications on one server apart: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`.
         allow_eviction: use a server that deletes keys when it is full; it may delete jobs.
         require_durable: refuse a server without an append-only file; else that is a warning.
+        max_stall: seconds that the event loop may stand still until the leases of its jobs are left to end, and others
+            run them; None: never.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -89,9 +92,10 @@ class RedisBackend(Backend):
         namespace: str = DEFAULT_NAMESPACE,
         allow_eviction: bool = False,
         require_durable: bool = False,
+        max_stall: float | None = 600.0,
     ) -> None:
         address = Address(host, port, db, username, password, tls, ca_certs, certfile, keyfile, allow_insecure)
-        self._set_up(address, namespace, allow_eviction, require_durable)
+        self._set_up(address, namespace, allow_eviction, require_durable, max_stall)
 
     @classmethod
     def from_url(
@@ -102,6 +106,7 @@ class RedisBackend(Backend):
         allow_insecure: bool = False,
         allow_eviction: bool = False,
         require_durable: bool = False,
+        max_stall: float | None = 600.0,
     ) -> Self:
         """As the constructor, with `redis://[[user]:password@]host[:port][/db]`; `rediss://` for TLS.
 
@@ -111,15 +116,23 @@ class RedisBackend(Backend):
             ConfigError: it is no such URL; the text never shows it, since it may hold a password.
         """
         backend = cls.__new__(cls)
-        backend._set_up(Address.of_url(url, allow_insecure=allow_insecure), namespace, allow_eviction, require_durable)
+        backend._set_up(
+            Address.of_url(url, allow_insecure=allow_insecure), namespace, allow_eviction, require_durable, max_stall
+        )
         return backend
 
-    def _set_up(self, address: Address, namespace: str, allow_eviction: bool, require_durable: bool) -> None:
+    def _set_up(
+        self, address: Address, namespace: str, allow_eviction: bool, require_durable: bool, max_stall: float | None
+    ) -> None:
+        if max_stall is not None and not (is_seconds(max_stall) and max_stall > 0):
+            raise ConfigError(f"max_stall={max_stall!r}: seconds above 0, or None")
+        self._max_stall = max_stall
         self._address, self._namespace = address, checked_namespace(namespace)
         self._allow_eviction, self._require_durable = allow_eviction, require_durable
         self._home = Home("Redis backend")
         self._facts = Facts()
         self._random = Random()  # noqa: S311 (jitter, not secrets)
+        self._opening: asyncio.Task[None] | None = None
         self._open: _Open | None = None
         self._names: list[CallNumbers] = []
 
@@ -141,8 +154,21 @@ class RedisBackend(Backend):
             ConfigError: it is too old, or this backend is open in another loop.
             ForkedProcess: it was opened in the parent process.
         """
-        if not self._home.move_in():
+        if self._home.move_in():
+            self._opening = asyncio.create_task(self._connect())
+        opening = self._opening
+        if opening is None or self._open is not None:
             return
+        try:
+            await asyncio.wait({opening})
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if opening.cancelled():
+            raise Closed("the Redis backend was closed while it was opened")
+        opening.result()
+
+    async def _connect(self) -> None:
         link = Link(self._address, "commands", self._random)
         link.start()
         try:
@@ -163,11 +189,17 @@ class RedisBackend(Backend):
             _log.warning("Redis at %s: the certificate is not verified (allow_insecure=True)", self._address)
         _log.info("Redis %s at %s: durability %s", self._facts.version, self._address, self._facts.durability)
         self._open = _Open(
-            scripts, Publisher(scripts, _TRAITS.name, self._namespace), Keeper(self._address, self._random)
+            scripts,
+            Publisher(scripts, _TRAITS.name, self._namespace),
+            Keeper(self._address, self._random, self._max_stall),
         )
 
     async def aclose(self) -> None:
         """End the receivers, which releases what they hold, and the connections; within a few seconds."""
+        opening, self._opening = self._opening, None
+        if opening is not None and not opening.done():
+            opening.cancel()
+            await asyncio.wait({opening})
         if not self._home.move_out():
             return
         opened, self._open = self._open, None
@@ -242,17 +274,16 @@ class RedisBackend(Backend):
         return None if values[0] is None else spec_of(name, values)
 
     async def publish(self, queue: str, messages: Sequence[Message]) -> list[Published]:
-        """Store the messages; up to 500 at a time are stored whole or, if the queue is full, not at all.
+        """Store the messages; up to 500, or 16 MiB, at a time are stored whole or, if the queue is full, not at all.
 
         Calls of one tick of the loop share a round trip; within 10 s it is stored, or the outcome says that nobody
         knows.
         """
         publisher = self._opened().publisher
-        if len(messages) <= BATCH:
-            return await publisher.put(queue, messages) if messages else []
-        parts = [publisher.put(queue, messages[start : start + BATCH]) for start in range(0, len(messages), BATCH)]
+        if len(messages) == 1:
+            return await publisher.put(queue, messages)
         outcomes: list[Published] = []
-        for part in parts:
+        for part in [publisher.put(queue, part) for part in in_parts(messages)]:
             outcomes += await part
         return outcomes
 
@@ -284,9 +315,9 @@ class RedisBackend(Backend):
             lost=lost,
         )
         opened.receivers.add(receiver)
-        if keep:
-            opened.keeper.keep(receiver)
         try:
+            if keep:
+                opened.keeper.keep(receiver)
             yield receiver
         finally:
             await opened.leave(receiver)

@@ -5,7 +5,9 @@ A consumer that blocks the event loop for minutes costs no lease.
 
 import asyncio
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -30,10 +32,12 @@ class Keeper:
     Args:
         address: of the server.
         random: the source of the jitter.
+        max_stall: seconds that a receiver's loop may stand still until its leases are left to lapse; None: for ever.
     """
 
-    def __init__(self, address: Address, random: Random) -> None:
+    def __init__(self, address: Address, random: Random, max_stall: float | None) -> None:
         self._address, self._random = address, random
+        self._max_stall = math.inf if max_stall is None else max_stall
         self._lock = threading.Lock()
         self._receivers: dict[RedisReceiver, float] = {}  # when it is extended next, by the loop's clock
         self._thread: threading.Thread | None = None
@@ -77,6 +81,10 @@ class Keeper:
     def _serve(self, started: "Future[None]") -> None:
         try:
             asyncio.run(self._run(started))
+        except BaseException as error:  # told to who waits for the start, who would wait for ever
+            if started.done():
+                raise
+            started.set_exception(error)
         finally:
             self._ended.set_result(None)
 
@@ -90,6 +98,8 @@ class Keeper:
                 self._changed.clear()
                 now = self._loop.time()
                 with self._lock:
+                    for receiver in [one for one in self._receivers if one.loop.is_closed()]:
+                        del self._receivers[receiver]  # its loop is dead: its leases are to end
                     for receiver, due in self._receivers.items():
                         if due == 0.0:  # new: what it holds it took just now
                             self._receivers[receiver] = now + receiver.lease / 3
@@ -109,6 +119,14 @@ class Keeper:
     async def _extend(self, link: Link, scripts: Scripts, receiver: RedisReceiver) -> None:
         assert self._loop is not None  # noqa: S101 (it runs this)
         next_due = self._loop.time() + receiver.lease / 3
+        with self._lock:
+            if receiver in self._receivers:
+                self._receivers[receiver] = next_due
+        _call(receiver.loop, receiver.turn)
+        stalled = time.monotonic() - receiver.turned
+        if receiver.held and stalled > self._max_stall:
+            _log.error("a loop stands still for %.0f s: the leases of its %d jobs end", stalled, len(receiver.held))
+            return
         held = list(receiver.held)  # one step of the interpreter: the other thread cannot change it meanwhile
         for keys, some in receiver.in_calls(held):
             link.start()
@@ -116,15 +134,14 @@ class Keeper:
                 gone = await scripts.extend(keys, receiver.lease, some, receiver.lease / 3)
             except BackendUnavailable as error:
                 _log.warning("leases of %d jobs of queue %s not extended: %s", len(some), keys.queue, error)
-                next_due = min(next_due, self._loop.time() + _AFTER_A_FAILURE)
+                with self._lock:
+                    if receiver in self._receivers:
+                        self._receivers[receiver] = self._loop.time() + _AFTER_A_FAILURE
                 continue
             for delivery in gone:
                 _call(receiver.loop, partial(receiver.lose, delivery))
-        with self._lock:
-            if receiver in self._receivers:
-                self._receivers[receiver] = next_due
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    if not loop.is_closed():
+    with suppress(RuntimeError):  # it is closed
         loop.call_soon_threadsafe(function)

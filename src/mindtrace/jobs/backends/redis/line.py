@@ -1,6 +1,8 @@
 """`Line`: one connection, on which requests go out together and their replies come back in order."""
 
 import asyncio
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -106,6 +108,13 @@ class Line:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
+        writer: asyncio.StreamWriter | None = getattr(self._connection, "_writer", None)
+        if writer is not None:
+            # What was not sent is thrown away, by us and by the kernel: minutes later it would be executed once more.
+            with suppress(OSError, AttributeError):
+                linger = struct.pack("ii", 1, 0)
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
         with suppress(RedisError, OSError):
             await self._connection.disconnect(nowait=True)
 

@@ -40,6 +40,7 @@ REPLY_WITHIN = 5.0
 """Seconds that the server may be silent while an answer is due."""
 _TICK = 0.1
 _LATER = 0.5
+_SLOW = 1024 * 1024  # bytes a second that a connection is given to carry what was sent
 _LONGEST_PAUSE = 1.5  # between two tries to connect, so that work goes on within 2 s of the server's return
 _NOT_NOW = (ReadOnlyError, TryAgainError, ClusterDownError)  # MASTERDOWN is a kind of the last one
 _TRY_AGAIN = ("BUSY", "LOADING", "MASTERDOWN", "UNBLOCKED", "NOREPLICAS")
@@ -320,9 +321,11 @@ class Link:
         moved = line.replies != self._replies or not line.waiting
         self._replies = line.replies
         self._silent = 0 if moved else self._silent + 1
-        if not moved and self._silent * _TICK > line.waiting[0].patience:
-            self._silent = 0
-            line.drop(TimeoutError(f"no reply within {line.waiting[0].patience:g} s"))
+        if not moved:
+            patience = line.waiting[0].patience + sum(len(request.packed) for request in line.waiting) / _SLOW
+            if self._silent * _TICK > patience:
+                self._silent = 0
+                line.drop(TimeoutError(f"no reply within {patience:.1f} s"))
 
     def _unanswered(self) -> list[Request]:
         line = [] if self._line is None else self._line.unanswered()

@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 
 PUBLISH_WITHIN = 10.0
 """Seconds for a publish, its repetitions included; then it is unknown whether it was stored."""
+LARGEST_CALL = 16 * 1024 * 1024
+"""Bytes of bodies in one call, unless the first one alone has more: a call keeps all others waiting."""
 _CALL_BYTES = 1024 * 1024  # of bodies, from which on a call takes no other caller's messages
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -75,7 +77,15 @@ class Publisher:
             self._answer(queue, call, reply, error, again=error is None and request.sent > 1)
 
         deadline = time.monotonic() + PUBLISH_WITHIN
-        request = self._scripts.send_publish(self._keys[queue], words, deadline, answer)
+        try:
+            request = self._scripts.send_publish(self._keys[queue], words, deadline, answer)
+        except UnicodeEncodeError:  # an id that is no text: an error of its own caller alone
+            if len(call) > 1:
+                for batch in call:
+                    self._send(queue, [batch])
+            else:
+                messages, future = call[0]
+                future.set_result([ConfigError("an id of the batch is no text in UTF-8") for _ in messages])
 
     def _answer(self, queue: str, call: list[_Batch], reply: Any, error: BaseException | None, *, again: bool) -> None:
         letters = b"" if error is not None or reply[1] == b"missing" else reply[2]
@@ -125,6 +135,18 @@ class Publisher:
                 return ConfigError(
                     f"priority={message.priority}: the queue {queue!r} has the levels 0 to {int(reply[3])}"
                 )
+
+
+def in_parts(messages: Sequence[Message]) -> list[Sequence[Message]]:
+    """As many together as are stored in one step."""
+    parts: list[Sequence[Message]] = []
+    start = size = 0
+    for at, message in enumerate(messages):
+        if at > start and (at - start == BATCH or size + len(message.body) > LARGEST_CALL):
+            parts.append(messages[start:at])
+            start, size = at, 0
+        size += len(message.body)
+    return [*parts, messages[start:]] if messages else []
 
 
 def _options(message: Message) -> str:

@@ -57,6 +57,7 @@ class RedisReceiver(Receiver):
         self.lease: float = lease
         self.held: dict[Delivery, None] = {}  # read by the keeper's thread, changed in this loop only
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.turned: float = time.monotonic()  # when the loop last did something for the keeper
         self._home, self._scripts = home, scripts
         self._claims = Claims(scripts, calls, lease, crash_limit)
         self._bell = Bell(bell, self._on_ring)
@@ -114,6 +115,10 @@ class RedisReceiver(Receiver):
         """End the wait of the exchange now in progress, or of the next one."""
         self._nudged = True
         self._wake()
+
+    def turn(self) -> None:
+        """Show that the loop turns."""
+        self.turned = time.monotonic()
 
     def in_calls(self, deliveries: Iterable[Delivery]) -> list[tuple[QueueKeys, list[Delivery]]]:
         """Deliveries by queue, as many together as one script call takes."""
@@ -231,13 +236,15 @@ class RedisReceiver(Receiver):
         self, pairs: _Pairs, limits: dict[str, int], *, waits: bool = False, deadline: float | None = None
     ) -> Round:
         """Send a round; from here on it goes on by itself."""
-        calls = {name: (keys, limits.get(name, 0)) for name, keys in self._keys.items() if name in limits}
+        queues = {name: (keys, limits.get(name, 0)) for name, keys in self._keys.items() if name in limits}
+        for delivery, _ in pairs:
+            queues.setdefault(delivery.queue, (self._keys[delivery.queue], 0))
+        calls = self._claims.calls(queues, pairs)
         for delivery, _ in pairs:
             self.held.pop(delivery, None)
-            calls.setdefault(delivery.queue, (self._keys[delivery.queue], 0))
         a_round = Round(self._on_deliveries, self._on_round_over, self._keep_for_next)
         self._under_way.add(a_round)
-        self._claims.send(a_round, calls, pairs, waits, deadline)
+        self._claims.send(a_round, calls, waits, deadline)
         return a_round
 
     def _on_deliveries(self, deliveries: list[Delivery]) -> None:

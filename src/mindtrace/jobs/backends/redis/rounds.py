@@ -5,6 +5,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -105,6 +106,25 @@ class Round:
         self._on_left([delivery for some in self.deliveries.values() for delivery in some])
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One exchange with one queue: `words` settles the deliveries of `settling`, in that order."""
+
+    keys: QueueKeys
+    limit: int
+    settling: list[Delivery]
+    words: list[str | int]
+
+    @classmethod
+    def of(cls, keys: QueueKeys, limit: int, pairs: _Pairs) -> "_Call":
+        done = [delivery for delivery, settlement in pairs if isinstance(settlement, Done)]
+        others = [pair for pair in pairs if not isinstance(pair[1], Done)]
+        words: list[str | int] = [len(done), *(delivery.receipt for delivery in done)]
+        for delivery, settlement in others:
+            words += _words(delivery, settlement)
+        return cls(keys, limit, [*done, *(delivery for delivery, _ in others)], words)
+
+
 class Claims:
     """Makes the calls of one receiver, and reads their answers.
 
@@ -120,40 +140,40 @@ class Claims:
         # The server remembers the last call only: to each queue one is in flight, and these wait behind it.
         self._behind: dict[str, deque[Callable[[], None]]] = {}
 
-    def send(
-        self,
-        a_round: Round,
-        queues: Mapping[str, tuple[QueueKeys, int]],
-        pairs: _Pairs,
-        waits: bool,
-        deadline: float | None,
-    ) -> None:
-        """One script for each queue; several where it has more than 500 pairs. It is sent again until `deadline`.
+    def calls(self, queues: Mapping[str, tuple[QueueKeys, int]], pairs: _Pairs) -> list[_Call]:
+        """One call for each queue; several where it has more than 500 pairs. Raises for what cannot be sent.
 
         Args:
-            a_round: collects the answers.
             queues: name -> its keys, and how many to take from it.
             pairs: to settle, each of one of these queues.
-            waits: the receiver is going to wait if there is nothing.
-            deadline: on the monotonic clock; None: until the leases at stake have ended.
         """
         by_queue: dict[str, list[tuple[Delivery, Settlement]]] = {name: [] for name in queues}
         for pair in pairs:
             by_queue[pair[0].queue].append(pair)
-        todo: list[tuple[QueueKeys, int, _Pairs]] = []
+        calls: list[_Call] = []
         for name, (keys, limit) in queues.items():
-            mine: _Pairs = by_queue[name]
-            while len(mine) > BATCH:
-                todo.append((keys, 0, mine[:BATCH]))
-                mine = mine[BATCH:]
-            todo.append((keys, min(limit, BATCH), mine))
-        a_round.unanswered = len(todo)
-        for keys, limit, mine in todo:
-            send = partial(self._send_one, a_round, keys, limit, mine, waits, deadline)
-            if keys.queue in self._behind:
-                self._behind[keys.queue].append(send)
+            mine = by_queue[name]
+            for start in range(0, len(mine) or 1, BATCH):
+                is_last = start + BATCH >= len(mine)
+                calls.append(_Call.of(keys, min(limit, BATCH) if is_last else 0, mine[start : start + BATCH]))
+        return calls
+
+    def send(self, a_round: Round, calls: Sequence[_Call], waits: bool, deadline: float | None) -> None:
+        """Send the calls, again and again until `deadline`.
+
+        Args:
+            a_round: collects the answers.
+            calls: of `calls`.
+            waits: the receiver is going to wait if there is nothing.
+            deadline: on the monotonic clock; None: until the leases at stake have ended.
+        """
+        a_round.unanswered = len(calls)
+        for call in calls:
+            send = partial(self._send_one, a_round, call, waits, deadline)
+            if call.keys.queue in self._behind:
+                self._behind[call.keys.queue].append(send)
             else:
-                self._behind[keys.queue] = deque()
+                self._behind[call.keys.queue] = deque()
                 send()
 
     def _send_next(self, queue: str) -> None:
@@ -162,22 +182,16 @@ class Claims:
         else:
             del self._behind[queue]
 
-    def _send_one(
-        self, a_round: Round, keys: QueueKeys, limit: int, pairs: _Pairs, waits: bool, deadline: float | None
-    ) -> None:
-        done = [delivery for delivery, settlement in pairs if isinstance(settlement, Done)]
-        others = [pair for pair in pairs if not isinstance(pair[1], Done)]
-        words: list[str | int] = [
-            self._calls.name, self._calls.next(), limit, milliseconds(self._lease), self._crash_limit,
-            os.urandom(8).hex(), LARGEST_BODY, int(waits), len(done), *(delivery.receipt for delivery in done),
-        ]  # fmt: skip
-        for delivery, settlement in others:
-            words += _words(delivery, settlement)
-        in_order = [*done, *(delivery for delivery, _ in others)]
+    def _send_one(self, a_round: Round, call: _Call, waits: bool, deadline: float | None) -> None:
+        keys, in_order = call.keys, call.settling
+        words = (
+            self._calls.name, self._calls.next(), call.limit, milliseconds(self._lease), self._crash_limit,
+            os.urandom(8).hex(), LARGEST_BODY, int(waits), *call.words,
+        )  # fmt: skip
         now = time.monotonic()
         if deadline is None:
             deadline = max([now + REPLY_WITHIN, *(delivery.deadline for delivery in in_order)])
-            if limit:
+            if call.limit:
                 deadline = max(deadline, now + self._lease)
 
         def answer(reply: Any, error: BaseException | None) -> None:

@@ -17,6 +17,7 @@ from mindtrace.jobs.backends.redis.line import Request, Words
 from mindtrace.jobs.backends.redis.link import Link
 from mindtrace.jobs.delivery import Delivery
 from mindtrace.jobs.errors import BackendUnavailable, QueueNotFound
+from mindtrace.jobs.retry import MAX_DELAY
 from mindtrace.jobs.wire import ENVELOPE_EXTRA, PAYLOAD_LIMIT_MOST
 
 FORMAT = 1
@@ -209,8 +210,8 @@ def text_of(raw: bytes) -> str:
 
 
 def milliseconds(seconds: float) -> int:
-    """Rounded up: never early."""
-    return math.ceil(seconds * 1000)
+    """Rounded up: never early. What is longer than any delay may be is as long as that."""
+    return math.ceil(seconds * 1000) if seconds < MAX_DELAY else round(MAX_DELAY * 1000)
 
 
 def _bytes(text: str) -> bytes:
