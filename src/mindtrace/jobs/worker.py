@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 SUSPECT_CRASHES = 2
 """Crashes from which on a job is suspected of killing its worker, and is run with no other suspect beside it."""
 _SETTLE_TIMEOUT = 2.0
+_ANSWER_WITHIN = 5.0  # seconds; a broker that takes longer is not there
 _LONGEST_PAUSE = 1.0  # seconds between two tries where the broker is away
 
 
@@ -172,6 +173,7 @@ class Worker:
         self._cancelling = False
         self._fatal: BaseException | None = None
         self._connected, self._turned = True, time.monotonic()
+        self._asked: float | None = None  # since when an exchange that settles has had no answer
         self._ready, self._stop_asked = asyncio.Event(), asyncio.Event()
         self._main: asyncio.Task[Any] | None = None
         self._cancels = 0  # that its task had swallowed before
@@ -257,8 +259,12 @@ class Worker:
 
     def health(self) -> Health:
         """How the worker is, at this moment."""
-        idle_for = time.monotonic() - self._turned
-        return Health(self._connected, idle_for, len(self._runs), self._runs.stuck, self._stopping is not None)
+        now = time.monotonic()
+        idle_for, connected = now - self._turned, self._connected
+        if self._asked is not None:  # the broker has what is to be settled, and as long as the leases to answer
+            idle_for = max(0.0, idle_for - self._lease)
+            connected = connected and now - self._asked < _ANSWER_WITHIN
+        return Health(connected, idle_for, len(self._runs), self._runs.stuck, self._stopping is not None)
 
     async def work(self) -> None:
         """As `run`, without signals.
@@ -341,6 +347,7 @@ class Worker:
             if self._until_idle and not self._runs:
                 wait = 0.0
             room = self._room()
+            self._asked = time.monotonic() if finished else None
             try:
                 exchanged = await receiver.exchange([(f.delivery, f.settlement) for f in finished], room, wait=wait)
             except AuthenticationFailed:
@@ -351,7 +358,7 @@ class Worker:
                 _log.warning("worker %s: %s", self.name, error)
                 await asyncio.sleep(self._random.uniform(0.1, min(_LONGEST_PAUSE, 0.2 * 2 ** min(failures, 6))))
                 continue
-            failures = 0
+            failures, self._asked = 0, None
             self._connected, self._turned = True, time.monotonic()
             if exchanged.deliveries:
                 await self._begin(receiver, exchanged.deliveries)

@@ -1,5 +1,6 @@
 """`Address`: where a Redis is and how to log in; it never shows a password."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -13,6 +14,7 @@ from mindtrace.jobs.retry import is_whole
 
 CONNECT_WITHIN = 5.0
 """Seconds for name, socket, TLS and login."""
+_HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 _QUERY = frozenset(("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"))
 
 
@@ -36,7 +38,7 @@ class Address:
     host: str = "localhost"
     port: int = 6379
     db: int = 0
-    username: str | None = None
+    username: str | None = field(default=None, repr=False)  # many a URL has the password in its place
     password: str | None = field(default=None, repr=False)
     tls: bool = False
     ca_certs: str | None = None
@@ -48,8 +50,8 @@ class Address:
         for name, value, most in (("port", self.port, 65535), ("db", self.db, 2**31 - 1)):
             if not is_whole(value) or not 0 <= value <= most:
                 raise ConfigError(f"{name}={value!r}: a whole number from 0 to {most}")
-        if not self.host:
-            raise ConfigError(f"host={self.host!r}: a name or an address")
+        if not _HOST.fullmatch(self.host):
+            raise ConfigError("host: a name or an address, and nothing else; a URL goes to from_url()")
 
     @classmethod
     def of_url(cls, url: str, *, allow_insecure: bool = False) -> "Address":
@@ -71,9 +73,10 @@ class Address:
         if parts.scheme not in ("redis", "rediss"):
             raise ConfigError(f"no Redis URL: {parts.scheme[:20]}://, and not redis:// or rediss://")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        if unknown := sorted(name[:40] for name in query if name not in _QUERY):
-            # Nothing is passed on unread: to the driver some words there would mean another server or timeout.
-            raise ConfigError(f"unknown in the URL's query: {', '.join(unknown)}; known: {', '.join(sorted(_QUERY))}")
+        if not _QUERY.issuperset(query):
+            # Nothing is passed on unread: to the driver some words there would mean another server or timeout. And
+            # nothing is shown: it may be the rest of a password with a ? in it.
+            raise ConfigError(f"the URL's query may have {', '.join(sorted(_QUERY))}, and nothing else")
         tls = parts.scheme == "rediss"
         if query and not tls:
             raise ConfigError(f"{', '.join(sorted(query))} are for rediss://, the encrypted connection")

@@ -1,6 +1,7 @@
 """The dead letters of a queue on Redis."""
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast, get_args
@@ -16,6 +17,8 @@ from mindtrace.jobs.retry import is_seconds, is_whole
 from mindtrace.jobs.wire import Message
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NUMBERS = re.compile(rb"(-?\d{1,19} ){7}-?\d{1,19}")
+_DIED = re.compile(r"\d{1,14}")
 _PAGE = 100  # records with their bodies in one reply
 
 
@@ -100,7 +103,7 @@ class RedisDeadLetters(DeadLetters):
     def _record(self, values: Sequence[bytes]) -> DeadRecord:
         _, job_id, death, numbers, body, errors = values
         died, _, reason = death.decode("ascii", "replace").partition(" ")
-        counts = [int(number) for number in numbers.split()] if numbers else [0] * 7 + [-1]
+        counts = [int(number) for number in numbers.split()] if _NUMBERS.fullmatch(numbers) else [0] * 7 + [-1]
         attempts, crashes, releases, number, replays, priority, _, crash_limit = counts
         message = Message(text_of(job_id), body, priority, 0.0, None, None if crash_limit < 0 else crash_limit)
         return DeadRecord(
@@ -111,7 +114,7 @@ class RedisDeadLetters(DeadLetters):
             crashes,
             releases,
             number,
-            _EPOCH + timedelta(milliseconds=int(died or 0)),
+            _EPOCH + timedelta(milliseconds=int(died) if _DIED.fullmatch(died) else 0),
             errors_of(errors),
             replays,
         )

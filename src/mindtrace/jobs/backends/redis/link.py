@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 REPLY_WITHIN = 5.0
 """Seconds that the server may be silent while an answer is due."""
+_NOT_ALLOWED = ("NOAUTH", "WRONGPASS", "executing the script can't", "ACL failure in script")
 _TICK = 0.1
 _LATER = 0.5
 _SLOW = 1024 * 1024  # bytes a second that a connection is given to carry what was sent
@@ -224,8 +225,7 @@ class Link:
             pass  # given up meanwhile
         elif not isinstance(reply, ResponseError):
             self._useful = True
-            request.done = True
-            request.answer(reply, None)
+            self._answer(request, reply, None)
         elif isinstance(reply, NoScriptError) and request.fallback is not None:
             request.sent -= 1  # nothing was executed
             request.fall_back()
@@ -244,8 +244,7 @@ class Link:
             request.sent -= 1
             self._later.append(request)
         else:
-            request.done = True
-            request.answer(None, self._ours(request, reply))
+            self._answer(request, None, self._ours(request, reply))
         if self._redo and self._line is not None and not self._line.unanswered():
             redo, self._redo = self._redo, []
             for again in redo:
@@ -256,7 +255,7 @@ class Link:
         """The server's refusal as one of our errors."""
         text = _said(error)
         ours: JobsError
-        if isinstance(error, NoPermissionError | AuthenticationError) or text.startswith(("NOAUTH", "WRONGPASS")):
+        if isinstance(error, NoPermissionError | AuthenticationError) or any(words in text for words in _NOT_ALLOWED):
             ours = AuthenticationFailed(f"Redis at {self.address} does not allow it: {text}")
         elif _is_full(error):
             if request.sent > 1:  # the sending before this one may have been executed
@@ -264,7 +263,8 @@ class Link:
             else:
                 ours = BackendFull(f"Redis at {self.address} is full, nothing was written: {text}")
         else:
-            ours = BackendUnavailable(f"Redis at {self.address} refused: {text}", maybe_published=request.sent > 1)
+            # Out of the middle of a script, perhaps: what was written before the error stays written.
+            ours = BackendUnavailable(f"Redis at {self.address} refused: {text}", maybe_published=True)
         ours.__cause__ = error
         return ours
 
@@ -274,16 +274,21 @@ class Link:
         self._tried.set()
         waiting, self._backlog = self._backlog, deque()
         for request in waiting:
-            request.done = True
-            request.answer(None, self._failed)
+            self._answer(request, None, self._failed)
 
     def _fail(self, request: Request, why: str) -> None:
         if not request.done:
-            request.done = True
             text = f"no answer from Redis at {self.address}: {why}"
             error = BackendUnavailable(text, maybe_published=request.sent > 0)
             error.__cause__ = self._why
-            request.answer(None, error)
+            self._answer(request, None, error)
+
+    def _answer(self, request: Request, reply: Any, error: BaseException | None) -> None:
+        request.done = True
+        try:
+            request.answer(reply, error)
+        except Exception:  # a reply of one that cannot be read must not take the line from the others
+            _log.exception("a reply of Redis cannot be read")
 
     # --- time
 

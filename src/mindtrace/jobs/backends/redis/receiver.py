@@ -91,6 +91,10 @@ class RedisReceiver(Receiver):
             self._keep_for_next(deliveries)
             raise
         self._nudged = False
+        if self.has_ended:  # meanwhile: what was taken is released
+            deliveries = []
+            if not pairs:
+                raise Closed("the receiver was left, or its backend closed")
         return Exchanged(settled, deliveries, missing)
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Settled]:
@@ -160,6 +164,11 @@ class RedisReceiver(Receiver):
             for delivery in held:
                 self._tell_lost(delivery)
         await self._bell.aclose()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was left, or its backend closed."""
+        return self._ended
 
     @property
     def is_quiet(self) -> bool:

@@ -1,6 +1,7 @@
 """A round: one exchange script sent to each of some queues, and what came back."""
 
 import asyncio
+import logging
 import os
 import time
 from collections import deque
@@ -17,6 +18,8 @@ from mindtrace.jobs.backends.redis.scripts import LARGEST_BODY, Scripts, millise
 from mindtrace.jobs.delivery import Dead, Delivery, Done, Retry, Settled, Settlement
 from mindtrace.jobs.errors import BackendUnavailable, JobsError, LeaseLost
 from mindtrace.jobs.wire import Message
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["BATCH", "CallNumbers", "Claims", "Round"]
 
@@ -113,13 +116,13 @@ class _Call:
     keys: QueueKeys
     limit: int
     settling: list[Delivery]
-    words: list[str | int]
+    words: list[str | bytes | int]
 
     @classmethod
     def of(cls, keys: QueueKeys, limit: int, pairs: _Pairs) -> "_Call":
         done = [delivery for delivery, settlement in pairs if isinstance(settlement, Done)]
         others = [pair for pair in pairs if not isinstance(pair[1], Done)]
-        words: list[str | int] = [len(done), *(delivery.receipt for delivery in done)]
+        words: list[str | bytes | int] = [len(done), *(delivery.receipt for delivery in done)]
         for delivery, settlement in others:
             words += _words(delivery, settlement)
         return cls(keys, limit, [*done, *(delivery for delivery, _ in others)], words)
@@ -203,7 +206,13 @@ class Claims:
                 a_round.settled.update((delivery, LeaseLost(delivery.message.id)) for delivery in in_order)
                 a_round.missing.append(keys.queue)
             else:
-                self._read(a_round, keys.queue, in_order, reply, now + self._lease)
+                try:
+                    self._read(a_round, keys.queue, in_order, reply, now + self._lease)
+                except (ValueError, LookupError, TypeError) as unreadable:
+                    _log.exception("an answer of Redis for queue %s cannot be read", keys.queue)
+                    a_round.error = _unknown(BackendUnavailable(f"an answer that cannot be read: {unreadable}"))
+                    for delivery in in_order:
+                        a_round.settled.setdefault(delivery, a_round.error)
             self._send_next(keys.queue)
             a_round.one_less()
 
@@ -240,11 +249,11 @@ def _numbers(text: bytes) -> tuple[int, int, int, int, int | None]:
     return attempts, crashes, releases, priority, None if crash_limit < 0 else crash_limit
 
 
-def _words(delivery: Delivery, settlement: Settlement) -> tuple[str, str, str | int, str, str]:
+def _words(delivery: Delivery, settlement: Settlement) -> tuple[str, str, str | bytes | int, str, str]:
     if isinstance(settlement, Retry):
         return (delivery.receipt, "retry", milliseconds(settlement.delay), *lines_of(settlement.error))
     if isinstance(settlement, Dead):
-        return (delivery.receipt, "dead", settlement.reason, *lines_of(settlement.error))
+        return (delivery.receipt, "dead", settlement.reason.encode(), *lines_of(settlement.error))
     assert not isinstance(settlement, Done)  # noqa: S101 (those are told apart before)
     return (delivery.receipt, "release", milliseconds(settlement.delay), "", "")
 

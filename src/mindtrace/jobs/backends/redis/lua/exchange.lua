@@ -144,11 +144,16 @@ local function collect()
   end
 end
 
+local function is_priority(score)
+  local priority = 0 - tonumber(score)
+  return priority % 1 == 0 and priority >= -2147483648 and priority <= 2147483647
+end
+
 -- Bytes or a name that nobody of ours wrote: dead without being loaded.
 local function bury_foreign(entry, score, reason)
   local id = string.sub(entry, 17)
   local job = numbers_of(redis.call('HGET', STATES, id))
-  job.priority = -tonumber(score)
+  job.priority = is_priority(score) and 0 - tonumber(score) or 0
   redis.call('HSETNX', JOBS, id, '')
   bury(id, job, reason)
 end
@@ -167,7 +172,7 @@ local function hand_out()
     local size = redis.call('HSTRLEN', JOBS, id) -- before any body is read
     if size > LARGEST then
       bury_foreign(entry, score, 'too_large')
-    elseif #id > 128 or not string.find(entry, ENTRY) then
+    elseif #id > 128 or not string.find(entry, ENTRY) or not is_priority(score) then
       bury_foreign(entry, score, 'malformed')
     else
       bytes = bytes + size
