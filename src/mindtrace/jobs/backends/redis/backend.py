@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from random import Random
-from typing import Any, Self
+from typing import Self
 
 from mindtrace.jobs.backend import (
     BATCH,
@@ -29,10 +29,10 @@ from mindtrace.jobs.backends.redis.link import Link
 from mindtrace.jobs.backends.redis.publishing import Publisher, in_parts
 from mindtrace.jobs.backends.redis.receiver import RedisReceiver
 from mindtrace.jobs.backends.redis.rounds import CallNumbers
-from mindtrace.jobs.backends.redis.scripts import Scripts, spec_of, text_of
+from mindtrace.jobs.backends.redis.scripts import Scripts, loads, spec_of, text_of
 from mindtrace.jobs.delivery import Delivery, Published
-from mindtrace.jobs.errors import Closed, ConfigError, QueueInUse, QueueMismatch
-from mindtrace.jobs.job import PRIORITY_RANGE, checked_namespace
+from mindtrace.jobs.errors import BackendUnavailable, Closed, ConfigError, QueueInUse, QueueMismatch
+from mindtrace.jobs.job import PRIORITY_RANGE, checked_namespace, is_queue_name
 from mindtrace.jobs.retry import is_seconds
 from mindtrace.jobs.wire import Message
 
@@ -169,7 +169,7 @@ class RedisBackend(Backend):
         opening.result()
 
     async def _connect(self) -> None:
-        link = Link(self._address, "commands", self._random)
+        link = Link(self._address, "commands", self._random, loads("publish", "exchange"))
         link.start()
         try:
             await link.until_connected(CONNECT_WITHIN)
@@ -212,9 +212,11 @@ class RedisBackend(Backend):
         scripts = self._opened().scripts
         # What is there already is not written again: a worker has to be able to start where the server is full.
         # The name in a call of its own, since it lies in another slot; before, or a crash leaves a queue nobody lists.
-        if not await scripts.command("SISMEMBER", registry(self._namespace), spec.name):
-            await scripts.command("SADD", registry(self._namespace), spec.name)
-        there = await self._spec(scripts, spec.name) or await scripts.declare(self._keys(spec.name), spec)
+        await self._list(spec.name)
+        there = await self._spec(scripts, spec.name)
+        if there is None:
+            there = await scripts.declare(self._keys(spec.name), spec)
+            await self._list(spec.name)  # again: it may have been deleted in between
         if not attach and there != spec:
             raise QueueMismatch(
                 spec.name,
@@ -225,6 +227,11 @@ class RedisBackend(Backend):
                 },
             )
 
+    async def _list(self, queue: str) -> None:
+        scripts = self._opened().scripts
+        if not await scripts.command("SISMEMBER", registry(self._namespace), queue):
+            await scripts.command("SADD", registry(self._namespace), queue)
+
     async def delete(self, queue: str, *, force: bool = False) -> None:
         """Delete a queue and its waiting jobs."""
         scripts = self._opened().scripts
@@ -234,6 +241,8 @@ class RedisBackend(Backend):
         for receiver in self._opened().receivers:  # those of other processes hear of it from the server
             receiver.lose_all(queue)
         await scripts.command("SREM", registry(self._namespace), queue)
+        if await self._spec(scripts, queue) is not None:  # declared anew meanwhile
+            await self._list(queue)
 
     async def clean(self, queue: str) -> int:
         """Cancel all ready and scheduled jobs, 500 in a step."""
@@ -264,14 +273,25 @@ class RedisBackend(Backend):
                 break
         found: list[QueueSpec] = []
         for name in sorted(text_of(name) for name in names):
-            spec = await self._spec(scripts, name)
+            spec = await self._spec(scripts, name) if is_queue_name(name) else None
             if spec is not None:
                 found.append(spec)
         return found
 
     async def _spec(self, scripts: Scripts, name: str) -> QueueSpec | None:
-        values: list[Any] = await scripts.command("HMGET", self._keys(name).spec, "kind", "levels", "most")
-        return None if values[0] is None else spec_of(name, values)
+        """None where there is none, or none of ours."""
+        try:
+            values: list[bytes | None] = await scripts.command("HMGET", self._keys(name).spec, "kind", "levels", "most")
+        except BackendUnavailable as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            values = [b"of another kind of key"]
+        if values[0] is None:
+            return None
+        spec = spec_of(name, values)
+        if spec is None:
+            _log.warning("the queue %r in namespace %s was written by somebody else", name, self._namespace)
+        return spec
 
     async def publish(self, queue: str, messages: Sequence[Message]) -> list[Published]:
         """Store the messages; up to 500, or 16 MiB, at a time are stored whole or, if the queue is full, not at all.
@@ -367,7 +387,7 @@ class _Open:
     async def _close(self) -> None:
         for receiver in self.receivers:
             self.keeper.let_go(receiver)
-        await asyncio.gather(*(receiver.end() for receiver in self.receivers), *self._leaving)
+        ends = [receiver.end() for receiver in self.receivers]
+        await asyncio.gather(*ends, *self._leaving, self.keeper.aclose())
         self.receivers.clear()
-        await self.keeper.aclose()
         await self.scripts.link.aclose()

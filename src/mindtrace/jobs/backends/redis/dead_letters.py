@@ -18,6 +18,7 @@ from mindtrace.jobs.wire import Message
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBERS = re.compile(rb"(-?\d{1,19} ){7}-?\d{1,19}")
+_ORDER = re.compile(r"-?(\d+(\.\d+)?(e[+-]?\d+)?|inf)")  # a whole number, unless somebody else wrote it
 _DIED = re.compile(r"\d{1,14}")
 _PAGE = 100  # records with their bodies in one reply
 
@@ -37,7 +38,7 @@ class RedisDeadLetters(DeadLetters):
         """A page, newest first."""
         if not is_whole(limit) or limit < 1:
             raise ConfigError(f"limit={limit!r}: a whole number from 1 on")
-        if cursor is not None and not (cursor.isascii() and cursor.isdigit()):
+        if cursor is not None and not _ORDER.fullmatch(cursor):
             raise ConfigError(f"cursor={cursor!r}: the cursor of an earlier page")
         found: Letters = []
         before = cursor or "+inf"
@@ -45,7 +46,7 @@ class RedisDeadLetters(DeadLetters):
             before, some = await self._look(before, min(_PAGE, limit + 1 - len(found)), where)
             found += some
         records = [self._record(values) for values in found[:limit]]
-        return DeadPage(records, str(int(float(found[limit - 1][0]))) if len(found) > limit else None)
+        return DeadPage(records, found[limit - 1][0].decode() if len(found) > limit else None)
 
     async def get(self, job_id: JobId) -> DeadRecord:
         """One record."""

@@ -38,7 +38,7 @@ def _line(error: RunError) -> str:
 def _error(line: bytes) -> RunError | None:
     try:
         fields: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):
         return None

@@ -43,6 +43,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed: asyncio.Event | None = None
+        self._main: asyncio.Task[None] | None = None
         self._ended: Future[None] = Future()
         self._stopped = False
 
@@ -69,9 +70,13 @@ class Keeper:
         thread, self._thread = self._thread, None
         self._stopped = True
         if thread is not None:
-            self._tell()
+            self._cancel()
             # Without an executor to join it in: at the interpreter's exit there is none any more.
             await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=_CLOSE_WITHIN)
+
+    def _cancel(self) -> None:
+        if self._loop is not None and self._main is not None:
+            _call(self._loop, self._main.cancel)
 
     def _tell(self) -> None:
         loop, changed = self._loop, self._changed
@@ -80,7 +85,8 @@ class Keeper:
 
     def _serve(self, started: "Future[None]") -> None:
         try:
-            asyncio.run(self._run(started))
+            with suppress(asyncio.CancelledError):
+                asyncio.run(self._run(started))
         except BaseException as error:  # told to who waits for the start, who would wait for ever
             if started.done():
                 raise
@@ -89,7 +95,7 @@ class Keeper:
             self._ended.set_result(None)
 
     async def _run(self, started: "Future[None]") -> None:
-        self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._changed, self._main = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
         started.set_result(None)
         link = Link(self._address, "keeper", self._random)
         scripts = Scripts(link)
@@ -142,6 +148,6 @@ class Keeper:
                 _call(receiver.loop, partial(receiver.lose, delivery))
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
     with suppress(RuntimeError):  # it is closed
         loop.call_soon_threadsafe(function)

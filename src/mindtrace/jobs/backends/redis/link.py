@@ -10,9 +10,10 @@ Everything sent here may be executed twice without harm: that is for the scripts
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from random import Random
 from typing import Any
@@ -54,11 +55,12 @@ class Link:
         address: where to.
         role: what it is for, as the server's list of clients shows it.
         random: the source of the jitter.
+        first: commands sent on each line before all others; nobody waits for their replies.
     """
 
-    def __init__(self, address: Address, role: str, random: Random) -> None:
+    def __init__(self, address: Address, role: str, random: Random, first: Sequence[Words] = ()) -> None:
         self.address: Address = address
-        self._role, self._random = role, random
+        self._role, self._random, self._first = role, random, first
         self._line: Line | None = None
         self._backlog: deque[Request] = deque()
         self._redo: list[Request] = []  # told NOSCRIPT; while there are any, what comes later waits behind them
@@ -188,6 +190,8 @@ class Link:
         self._silent = self._replies = 0
         self._tried.set()
         try:
+            for words in self._first:
+                line.send(Request(words, _ignore, math.inf, again=False))
             self._send_backlog()
             self._why = await line.lost()
         finally:
@@ -335,6 +339,10 @@ class Link:
     def _unanswered(self) -> list[Request]:
         line = [] if self._line is None else self._line.unanswered()
         return [request for request in (*self._redo, *line, *self._backlog, *self._later) if not request.done]
+
+
+def _ignore(reply: Any, error: BaseException | None) -> None:
+    pass
 
 
 def _is_full(error: ResponseError) -> bool:

@@ -101,7 +101,12 @@ class Scripts:
         levels = -1 if spec.priority_levels is None else spec.priority_levels
         most = -1 if spec.max_length is None else spec.max_length
         reply = await self._call("declare", keys, [spec.kind, levels, most])
-        return spec_of(spec.name, reply[1:4])
+        there = spec_of(spec.name, reply[1:4])
+        if there is None:
+            raise BackendUnavailable(
+                f"the queue {spec.name!r} is of a kind that this version does not know: upgrade it"
+            )
+        return there
 
     async def depth(self, keys: QueueKeys, queue: str) -> tuple[int, int, int, int]:
         """Ready, scheduled, leased, dead."""
@@ -196,12 +201,20 @@ class Scripts:
         )
 
 
-def spec_of(queue: str, values: Sequence[bytes]) -> QueueSpec:
-    """A queue from its kind, levels and most."""
-    kind, levels, most = values[0].decode(), int(values[1]), int(values[2])
-    if kind not in _KINDS:
-        raise BackendUnavailable(f"the queue {queue!r} is of a kind that this version does not know: upgrade it")
-    return QueueSpec(queue, _KINDS[kind], None if levels < 0 else levels, None if most < 0 else most)
+def spec_of(queue: str, values: Sequence[bytes | None]) -> QueueSpec | None:
+    """A queue from its kind, levels and most; None if those are not of ours."""
+    try:
+        kind, levels, most = ((value or b"").decode() for value in values)
+        return QueueSpec(
+            queue, _KINDS[kind], None if int(levels) < 0 else int(levels), None if int(most) < 0 else int(most)
+        )
+    except (ValueError, KeyError):
+        return None
+
+
+def loads(*names: str) -> list[Words]:
+    """The commands by which a server learns these scripts before they are called."""
+    return [("SCRIPT", "LOAD", script(name).source) for name in names]
 
 
 def text_of(raw: bytes) -> str:

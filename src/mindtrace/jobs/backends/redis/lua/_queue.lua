@@ -39,6 +39,9 @@ local NUMBERS = '^(%d+) (%d+) (%d+) (%d+) (%d+) (%-?%d+) (%d+) (%-?%d+)$'
 
 -- The eight numbers beside a body; those of a job never received if there are none, or if they are not ours.
 local function numbers_of(text)
+  if string.find(text or '', string.rep('%d', 17)) then
+    text = '' -- nor of ours, and more than a number holds
+  end
   local attempts, crashes, releases, number, replays, priority, place, crash_limit = string.match(text or '', NUMBERS)
   return {
     attempts = tonumber(attempts) or 0, crashes = tonumber(crashes) or 0, releases = tonumber(releases) or 0,

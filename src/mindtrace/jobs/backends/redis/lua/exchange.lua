@@ -280,7 +280,8 @@ if #reply > 5 or settled ~= '' then
   for i = 6, #reply, 3 do
     given[#given + 1] = reply[i]
   end
-  redis.call('SET', CALL, NUMBER .. ' ' .. settled .. ' ' .. table.concat(given, '\n'), 'PX', 300000)
+  redis.call('SET', CALL, NUMBER .. ' ' .. settled .. ' ' .. table.concat(given, '\n'), 'PX',
+    digits(math.max(300000, LEASE + 10000))) -- longer than a call is repeated
 end
 if WAITS and left == 0 and #reply == 5 then
   reply[4] = next_look()
