@@ -232,7 +232,7 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
 
     @nox.session
     def examples(session: nox.Session) -> None:
-        """Run every example and compare its output; words after -- go to pytest."""
+        """Run every example on every backend and compare its output; words after -- go to pytest."""
         install(session, "-e", ".", *group("test"))
         session.run(*PYTEST, "tests/examples", *session.posargs, interrupt_timeout=STOPPING)
 
@@ -242,6 +242,7 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
         install(session, "-e", ".")
         session.run("mindtrace-jobs", "bench", *session.posargs, interrupt_timeout=STOPPING)
         session.run("python", "tests/bench/compare.py", interrupt_timeout=STOPPING)
+        session.run("python", "tests/bench/compare_redis.py", interrupt_timeout=STOPPING)
 
     @nox.session
     def build(session: nox.Session) -> None:

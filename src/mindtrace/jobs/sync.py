@@ -65,23 +65,6 @@ def blocking(
     return call
 
 
-class _Together(Generic[R]):
-    """Runs a coroutine on the background loop; those who ask for it while it runs share that run, and how it ends."""
-
-    def __init__(self) -> None:
-        self._task: asyncio.Task[R] | None = None
-        self._pid = os.getpid()
-
-    async def run(self, function: Callable[[], Coroutine[Any, Any, R]]) -> R:
-        """The result of the run now under way, or of a new one."""
-        task = self._task
-        if task is None or task.done() or self._pid != os.getpid():  # in a forked child the parent's never ends
-            task = self._task = asyncio.create_task(function())
-            self._pid = os.getpid()
-        await asyncio.wait({task})
-        return task.result()
-
-
 class Client(Generic[B]):
     """A backend for the blocking API: opened on the background loop when it is first used; in a forked child anew."""
 
@@ -91,13 +74,12 @@ class Client(Generic[B]):
         self._backend = self._new(None)
         self._pid = os.getpid()
         self._is_open = False
-        self._opening = _Together[None]()
 
     @property
     def backend(self) -> B:
         """The async backend, opened on the background loop."""
         if not self._is_open or self._pid != os.getpid():
-            background.call(lambda: self._opening.run(self._open))
+            background.call(self._open)
         return self._backend
 
     def declare_queue(
@@ -146,7 +128,8 @@ class Client(Generic[B]):
         if self._pid != os.getpid():
             self._backend, self._pid, self._is_open = self._new(self._backend), os.getpid(), False
         if not self._is_open:
-            await self._backend.open()
+            await self._backend.open()  # which several first calls at once share
+        if not self._is_open:
             background.at_exit(self._backend.aclose)
             self._is_open = True
 
@@ -312,7 +295,6 @@ class Orchestrator(_Face):
         self._payload_limit, self._listeners = payload_limit, tuple(listeners)
         check_options(self._require, payload_limit)
         self._twin: AsyncOrchestrator | None = None
-        self._beginning = _Together[AsyncOrchestrator]()
 
     @classmethod
     def from_url(
@@ -343,7 +325,7 @@ class Orchestrator(_Face):
         """The async counterpart, on the background loop of this process."""
         backend, twin = self.backend.backend, self._twin
         if twin is None or twin.backend is not backend:  # the first call, or the first in a forked child
-            return background.call(lambda: self._beginning.run(lambda: self._begin(backend)))
+            return background.call(lambda: self._begin(backend))
         return twin
 
     async def _begin(self, backend: Backend) -> AsyncOrchestrator:
@@ -354,11 +336,13 @@ class Orchestrator(_Face):
             backend, require=self._require, payload_limit=self._payload_limit, listeners=self._listeners
         )
         twin.check_traits()
-        _log.info("backend %s open, durability %s", backend.traits.name, backend.traits.durability)
-        if old is not None:
+        if old is not None:  # in a forked child
             for schema in list(old.schemas.values()):
                 await twin.register(schema)
-        self._twin = twin  # only now: other threads take it as it stands
+        if self._twin is not None and self._twin is not old:
+            return self._twin  # of another thread's first call, which may have registered more by now
+        _log.info("backend %s open, durability %s", backend.traits.name, backend.traits.durability)
+        self._twin = twin
         return twin
 
     register: Final = blocking(AsyncOrchestrator.register)

@@ -35,6 +35,13 @@ local function member(place, id)
   return string.format('%016d', place) .. id
 end
 
+local PLACE = '^' .. string.rep('%d', 16)
+
+-- What stands behind the place; all of an entry that somebody else wrote without one.
+local function id_of(entry)
+  return string.find(entry, PLACE) and string.sub(entry, 17) or entry
+end
+
 local NUMBERS = '^(%d+) (%d+) (%d+) (%d+) (%d+) (%-?%d+) (%d+) (%-?%d+)$'
 
 -- The eight numbers beside a body; those of a job never received if there are none, or if they are not ours.

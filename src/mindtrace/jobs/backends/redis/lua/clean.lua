@@ -16,7 +16,7 @@ local ids, room = {}, tonumber(ARGV[2])
 for _, key in ipairs({READY, SCHEDULED}) do
   local entries = room > 0 and redis.call('ZPOPMIN', key, room) or {}
   for i = 1, #entries, 2 do
-    ids[#ids + 1] = string.sub(entries[i], 17)
+    ids[#ids + 1] = id_of(entries[i])
   end
   room = tonumber(ARGV[2]) - #ids
 end

@@ -25,7 +25,7 @@ local reply = {FORMAT, 'ok', '', -1, 0}
 
 local function id_and_number(receipt)
   local number, id = string.match(receipt, '^[^:]*:(%d+):(.*)$')
-  return id or '', tonumber(number) or 0
+  return id or receipt, tonumber(number) or 0
 end
 
 local function add_delivery(receipt, body, job)
@@ -117,7 +117,7 @@ local function promote()
   end
   local ids, entries = {}, {}
   for i, entry in ipairs(due) do
-    ids[i] = string.sub(entry, 17)
+    ids[i] = id_of(entry)
   end
   local place = new_places(#due) - #due
   for i, text in ipairs(redis.call('HMGET', STATES, unpack(ids))) do
@@ -144,16 +144,15 @@ local function collect()
   end
 end
 
-local function is_priority(score)
-  local priority = 0 - tonumber(score)
-  return priority % 1 == 0 and priority >= -2147483648 and priority <= 2147483647
+local function priority_of(score)
+  return math.max(-2147483648, math.min(2147483647, math.floor(0 - tonumber(score))))
 end
 
 -- Bytes or a name that nobody of ours wrote: dead without being loaded.
 local function bury_foreign(entry, score, reason)
-  local id = string.sub(entry, 17)
+  local id = id_of(entry)
   local job = numbers_of(redis.call('HGET', STATES, id))
-  job.priority = is_priority(score) and 0 - tonumber(score) or 0
+  job.priority = priority_of(score)
   redis.call('HSETNX', JOBS, id, '')
   bury(id, job, reason)
 end
@@ -168,18 +167,18 @@ local function hand_out()
   local taken, ids, entries, priorities, bytes = {}, {}, {}, {}, 0
   for i = 1, #heads, 2 do
     local entry, score = heads[i], heads[i + 1]
-    local id = string.sub(entry, 17)
+    local id = id_of(entry)
     local size = redis.call('HSTRLEN', JOBS, id) -- before any body is read
     if size > LARGEST then
       bury_foreign(entry, score, 'too_large')
-    elseif #id > 128 or not string.find(entry, ENTRY) or not is_priority(score) then
+    elseif #id > 128 or not string.find(entry, ENTRY) then
       bury_foreign(entry, score, 'malformed')
     else
       bytes = bytes + size
       if bytes > REPLY and #ids > 0 then
         break
       end
-      ids[#ids + 1], entries[#entries + 1], priorities[#priorities + 1] = id, entry, 0 - tonumber(score)
+      ids[#ids + 1], entries[#entries + 1], priorities[#priorities + 1] = id, entry, priority_of(score)
     end
     taken[#taken + 1] = entry
   end
