@@ -62,14 +62,16 @@ Listener: TypeAlias = Callable[[Event], Awaitable[None] | None]
 async def told(listeners: Sequence[Listener], event: Event) -> None:
     """Tell each in turn; what one raises is logged, and nothing else comes of it."""
     for listener in listeners:
-        task = asyncio.current_task()
-        asked = task.cancelling() if task is not None else 0
+        task, asked = None, 0
         try:
             answer = listener(event)
-            if inspect.isawaitable(answer):
-                await answer
+            if answer is None or not inspect.isawaitable(answer):
+                continue
+            task = asyncio.current_task()
+            asked = task.cancelling() if task is not None else 0
+            await answer
         except asyncio.CancelledError:
-            if task is None or task.cancelling() > asked:
+            if task is not None and task.cancelling() > asked:
                 raise  # it is we who are cancelled
             _log.warning("a listener cancelled itself on %s", type(event).__name__)
         except Exception:  # the listener's own failure

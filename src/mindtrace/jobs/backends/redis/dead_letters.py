@@ -18,7 +18,8 @@ from mindtrace.jobs.wire import Message
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBERS = re.compile(rb"(-?\d{1,19} ){7}-?\d{1,19}")
-_ORDER = re.compile(r"-?(\d+(\.\d+)?(e[+-]?\d+)?|inf)")  # a whole number, unless somebody else wrote it
+_ODD = "odd:"  # before the order of an entry that somebody else wrote, and that is no whole number
+_ORDER = re.compile(r"\d+|odd:[+-]?(\d+(\.\d+)?(e[+-]?\d+)?|inf)")
 _DIED = re.compile(r"\d{1,14}")
 _PAGE = 100  # records with their bodies in one reply
 
@@ -41,12 +42,12 @@ class RedisDeadLetters(DeadLetters):
         if cursor is not None and not _ORDER.fullmatch(cursor):
             raise ConfigError(f"cursor={cursor!r}: the cursor of an earlier page")
         found: Letters = []
-        before = cursor or "+inf"
+        before = "+inf" if cursor is None else cursor.removeprefix(_ODD)
         while before and len(found) <= limit:  # one more than asked for tells whether there are more
             before, some = await self._look(before, min(_PAGE, limit + 1 - len(found)), where)
             found += some
         records = [self._record(values) for values in found[:limit]]
-        return DeadPage(records, found[limit - 1][0].decode() if len(found) > limit else None)
+        return DeadPage(records, _cursor(found[limit - 1][0].decode()) if len(found) > limit else None)
 
     async def get(self, job_id: JobId) -> DeadRecord:
         """One record."""
@@ -124,3 +125,7 @@ class RedisDeadLetters(DeadLetters):
 def _reason(word: str) -> DeadReason:
     known: Any = get_args(DeadReason)
     return cast("DeadReason", word) if word in known else "malformed"
+
+
+def _cursor(order: str) -> str:
+    return order if order.isdigit() else _ODD + order

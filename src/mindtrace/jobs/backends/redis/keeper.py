@@ -7,7 +7,6 @@ import asyncio
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -49,15 +48,14 @@ class Keeper:
 
     def keep(self, receiver: RedisReceiver) -> None:
         """Extend what this receiver holds, from now on."""
-        with self._lock:
-            self._receivers[receiver] = 0.0
         if self._thread is None:
             started: Future[None] = Future()
-            self._thread = threading.Thread(
-                target=self._serve, args=(started,), name="mindtrace-jobs keeper", daemon=True
-            )
-            self._thread.start()
+            thread = threading.Thread(target=self._serve, args=(started,), name="mindtrace-jobs keeper", daemon=True)
+            thread.start()
             started.result()
+            self._thread = thread
+        with self._lock:
+            self._receivers[receiver] = 0.0
         self._tell()
 
     def let_go(self, receiver: RedisReceiver) -> None:
@@ -92,7 +90,8 @@ class Keeper:
                 raise
             started.set_exception(error)
         finally:
-            self._ended.set_result(None)
+            if started.exception() is None:  # else there may be another try
+                self._ended.set_result(None)
 
     async def _run(self, started: "Future[None]") -> None:
         self._loop, self._changed, self._main = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
@@ -128,8 +127,8 @@ class Keeper:
         with self._lock:
             if receiver in self._receivers:
                 self._receivers[receiver] = next_due
+        stalled = receiver.ask()
         _call(receiver.loop, receiver.turn)
-        stalled = time.monotonic() - receiver.turned
         if receiver.held and stalled > self._max_stall:
             _log.error("a loop stands still for %.0f s: the leases of its %d jobs end", stalled, len(receiver.held))
             return

@@ -67,7 +67,7 @@ def _packed(words: Words) -> bytes:
 
 
 class Line:
-    """A connection in use. Its tasks belong to it: nobody who waits for a reply can cut a request or a reply in two.
+    """A connection in use. Its replies are read by a task of its own: nobody who waits for one can cut it in two.
 
     Args:
         connection: of the driver, connected.
@@ -78,16 +78,21 @@ class Line:
         self.waiting: deque[Request] = deque()
         self.replies: int = 0
         self._connection: Any = connection
+        # Not by the driver's own coroutine, which needs a task, and so goes out behind all runs of this tick: a
+        # request that is on its way while they run is answered when they have ended.
+        self._writer: Any = self._connection._writer
         self._on_reply = on_reply
-        self._outbox: list[Request] = []
-        self._filled = asyncio.Event()
         self._lost: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-        self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
+        self._reader = asyncio.create_task(self._read())
 
     def send(self, request: Request) -> None:
-        """Have it sent, after those before it."""
-        self._outbox.append(request)
-        self._filled.set()
+        """Send it, after those before it."""
+        self.waiting.append(request)  # before the first byte: from here on it may have been executed
+        request.sent += 1
+        try:
+            self._writer.write(request.packed)
+        except (OSError, RuntimeError) as error:
+            self.drop(error)
 
     async def lost(self) -> BaseException:
         """Wait until the line is no more, and why."""
@@ -98,40 +103,18 @@ class Line:
         if not self._lost.done():
             self._lost.set_result(error)
 
-    def unanswered(self) -> list[Request]:
-        """What was handed to it and got no reply, in order."""
-        return [*self.waiting, *self._outbox]
-
     async def aclose(self) -> None:
         """Close it, without a word to the server."""
         self.drop(ConnectionError("closed"))
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait(self._tasks)
-        writer: asyncio.StreamWriter | None = getattr(self._connection, "_writer", None)
-        if writer is not None:
-            # What was not sent is thrown away, by us and by the kernel: minutes later it would be executed once more.
-            with suppress(OSError, AttributeError):
-                linger = struct.pack("ii", 1, 0)
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            writer.transport.abort()
+        self._reader.cancel()
+        await asyncio.wait({self._reader})
+        # What was not sent is thrown away, by us and by the kernel: minutes later it would be executed once more.
+        with suppress(OSError, AttributeError):
+            linger = struct.pack("ii", 1, 0)
+            self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._writer.transport.abort()
         with suppress(RedisError, OSError):
             await self._connection.disconnect(nowait=True)
-
-    async def _write(self) -> None:
-        try:
-            while True:
-                await self._filled.wait()
-                self._filled.clear()
-                requests, self._outbox = self._outbox, []
-                self.waiting.extend(requests)  # before the first byte: from here on it may have been executed
-                packed: list[bytes] = []
-                for request in requests:
-                    request.sent += 1
-                    packed.append(request.packed)
-                await self._connection.send_packed_command(packed, check_health=False)
-        except Exception as error:
-            self.drop(error)
 
     async def _read(self) -> None:
         try:

@@ -196,7 +196,7 @@ class Link:
             self._why = await line.lost()
         finally:
             self._line = None
-            self._backlog.extendleft(reversed([*self._redo, *line.unanswered()]))
+            self._backlog.extendleft(reversed([*self._redo, *line.waiting]))
             self._redo = []
             await line.aclose()
         _log.warning("lost Redis at %s (%s): %s; connecting again", self.address, self._role, _said(self._why))
@@ -249,7 +249,7 @@ class Link:
             self._later.append(request)
         else:
             self._answer(request, None, self._ours(request, reply))
-        if self._redo and self._line is not None and not self._line.unanswered():
+        if self._redo and self._line is not None and not self._line.waiting:
             redo, self._redo = self._redo, []
             for again in redo:
                 self._line.send(again)
@@ -337,7 +337,7 @@ class Link:
                 line.drop(TimeoutError(f"no reply within {patience:.1f} s"))
 
     def _unanswered(self) -> list[Request]:
-        line = [] if self._line is None else self._line.unanswered()
+        line = () if self._line is None else self._line.waiting
         return [request for request in (*self._redo, *line, *self._backlog, *self._later) if not request.done]
 
 

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,11 +26,19 @@ _CALL_BYTES = 1024 * 1024  # of bodies, from which on a call takes no other call
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 
-_Batch = tuple[Sequence[Message], "asyncio.Future[list[Published]]"]
+
+@dataclass(slots=True)
+class _Batch:
+    """What one caller hands in. `alone`: in a call of its own."""
+
+    messages: Sequence[Message]
+    future: "asyncio.Future[list[Published]]"
+    deadline: float
+    alone: bool = False
 
 
 class Publisher:
-    """Collects what is published in one tick, by queue.
+    """Collects what is published, by queue. One call to a queue is in flight: so the order holds, whatever is repeated.
 
     Args:
         scripts: over the link for commands.
@@ -38,66 +48,76 @@ class Publisher:
 
     def __init__(self, scripts: Scripts, name: str, namespace: str) -> None:
         self._scripts, self._name, self._namespace = scripts, name, namespace
-        self._collected: dict[str, list[_Batch]] = {}
+        self._collected: dict[str, deque[_Batch]] = {}  # of each queue that has a call in flight, or one in this tick
         self._keys: dict[str, QueueKeys] = {}
         self._loop = asyncio.get_running_loop()
 
     def put(self, queue: str, messages: Sequence[Message]) -> "asyncio.Future[list[Published]]":
         """Have up to 500 messages stored in one step. The future gives one outcome each."""
         future: asyncio.Future[list[Published]] = self._loop.create_future()
-        if not self._collected:
-            self._loop.call_soon(self._flush)
-        self._collected.setdefault(queue, []).append((messages, future))
+        batch = _Batch(messages, future, time.monotonic() + PUBLISH_WITHIN)
+        collected = self._collected.get(queue)
+        if collected is None:
+            collected = self._collected[queue] = deque[_Batch]()
+            self._loop.call_soon(self._send_next, queue)
+        collected.append(batch)
         return future
 
-    def _flush(self) -> None:
-        collected, self._collected = self._collected, {}
-        for queue, batches in collected.items():
-            if queue not in self._keys:
-                self._keys[queue] = QueueKeys(self._namespace, queue)
-            call: list[_Batch] = []
-            count = size = 0
-            for batch in batches:
-                more = sum(len(message.body) for message in batch[0])
-                if call and (count + len(batch[0]) > BATCH or size + more > _CALL_BYTES):
-                    self._send(queue, call)
-                    call, count, size = [], 0, 0
-                call.append(batch)
-                count += len(batch[0])
-                size += more
+    def _send_next(self, queue: str) -> None:
+        """What has come together for a queue, or as much of it as one call takes."""
+        collected = self._collected[queue]
+        call: list[_Batch] = []
+        count = size = 0
+        while collected and not (call and call[0].alone):
+            batch = collected[0]
+            more = sum(len(message.body) for message in batch.messages)
+            if call and (batch.alone or count + len(batch.messages) > BATCH or size + more > _CALL_BYTES):
+                break
+            call.append(collected.popleft())
+            count += len(batch.messages)
+            size += more
+        if call:
             self._send(queue, call)
+        else:
+            del self._collected[queue]
 
     def _send(self, queue: str, call: list[_Batch]) -> None:
+        if queue not in self._keys:
+            self._keys[queue] = QueueKeys(self._namespace, queue)
         words: list[str | bytes] = []
-        for messages, _ in call:
-            for message in messages:
+        for batch in call:
+            for message in batch.messages:
                 words += (message.id, message.body, _options(message))
 
         def answer(reply: Any, error: BaseException | None) -> None:
-            self._answer(queue, call, reply, error, again=error is None and request.sent > 1)
+            if len(call) > 1 and error is None and reply[1] == b"ok" and b"f" in reply[2]:
+                self._put_back(queue, call)  # together they did not fit, and nothing was stored: each by itself may
+            else:
+                self._tell(queue, call, reply, error, again=error is None and request.sent > 1)
+            self._send_next(queue)
 
-        deadline = time.monotonic() + PUBLISH_WITHIN
         try:
-            request = self._scripts.send_publish(self._keys[queue], words, deadline, answer)
+            request = self._scripts.send_publish(self._keys[queue], words, call[0].deadline, answer)
         except UnicodeEncodeError:  # an id that is no text: an error of its own caller alone
             if len(call) > 1:
-                for batch in call:
-                    self._send(queue, [batch])
+                self._put_back(queue, call)
             else:
-                messages, future = call[0]
-                future.set_result([ConfigError("an id of the batch is no text in UTF-8") for _ in messages])
+                unfit = ConfigError("an id of the batch is no text in UTF-8")
+                call[0].future.set_result([unfit for _ in call[0].messages])
+            self._send_next(queue)
 
-    def _answer(self, queue: str, call: list[_Batch], reply: Any, error: BaseException | None, *, again: bool) -> None:
+    def _put_back(self, queue: str, call: list[_Batch]) -> None:
+        for batch in call:
+            batch.alone = True
+        self._collected[queue].extendleft(reversed(call))
+
+    def _tell(self, queue: str, call: list[_Batch], reply: Any, error: BaseException | None, *, again: bool) -> None:
         letters = b"" if error is not None or reply[1] == b"missing" else reply[2]
         if again:  # what is there already was stored by a sending of ours whose reply was lost
             letters = letters.replace(b"d", b"s")
-        if len(call) > 1 and b"f" in letters:
-            # Together they did not fit, and nothing was stored: each caller's own may.
-            for batch in call:
-                self._send(queue, [batch])
-            return
         at = 0
-        for messages, future in call:
+        for batch in call:
+            messages, future = batch.messages, batch.future
             if future.done():  # its caller was cancelled
                 pass
             elif error is not None:

@@ -24,6 +24,7 @@ LOOK = 1.0
 AT_ONCE = 100
 """Queues that one look takes in; of more, as many in turn."""
 _LEAVE_WITHIN = 2.0
+_TOGETHER = 0.05
 
 _Pairs = Sequence[tuple[Delivery, Settlement]]
 
@@ -57,7 +58,7 @@ class RedisReceiver(Receiver):
         self.lease: float = lease
         self.held: dict[Delivery, None] = {}  # read by the keeper's thread, changed in this loop only
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.turned: float = time.monotonic()  # when the loop last did something for the keeper
+        self._asked: float | None = None  # since when the keeper waits for a turn of this loop
         self._home, self._scripts = home, scripts
         self._claims = Claims(scripts, calls, lease, crash_limit)
         self._bell = Bell(bell, self._on_ring)
@@ -120,9 +121,15 @@ class RedisReceiver(Receiver):
         self._nudged = True
         self._wake()
 
+    def ask(self) -> float:
+        """Seconds for which this loop has not turned though it was asked to; by the keeper, which asks again now."""
+        now = time.monotonic()
+        asked, self._asked = self._asked, self._asked or now
+        return 0.0 if asked is None else now - asked
+
     def turn(self) -> None:
         """Show that the loop turns."""
-        self.turned = time.monotonic()
+        self._asked = None
 
     def in_calls(self, deliveries: Iterable[Delivery]) -> list[tuple[QueueKeys, list[Delivery]]]:
         """Deliveries by queue, as many together as one script call takes."""
@@ -313,7 +320,11 @@ class RedisReceiver(Receiver):
         missing: tuple[str, ...] = ()
         while not (deliveries or missing or self._nudged) and (now := time.monotonic()) < until:
             has_room = limit > 0 and self._slots > len(self.held)
-            look_at = min(max(self._looked + LOOK, now), self._look_at) if has_room else math.inf
+            look_at = math.inf
+            if has_room:
+                regular = max(self._looked + LOOK, now)
+                # One that falls on the end of the wait is left to the next call, which begins with one.
+                look_at = min(regular if regular < until - _TOGETHER else math.inf, self._look_at)
             rung = await self._pause(min(until, look_at), has_room)
             if self._ended:
                 raise Closed("the receiver was left, or its backend closed")
