@@ -42,7 +42,7 @@ class RedisDeadLetters(DeadLetters):
         if cursor is not None and not _ORDER.fullmatch(cursor):
             raise ConfigError(f"cursor={cursor!r}: the cursor of an earlier page")
         found: Letters = []
-        before = "+inf" if cursor is None else cursor.removeprefix(_ODD)
+        before = "all" if cursor is None else cursor.removeprefix(_ODD)
         while before and len(found) <= limit:  # one more than asked for tells whether there are more
             before, some = await self._look(before, min(_PAGE, limit + 1 - len(found)), where)
             found += some
@@ -85,7 +85,7 @@ class RedisDeadLetters(DeadLetters):
         """The ids, oldest first for a filter. Raises JobNotFound for one that is not dead."""
         if isinstance(which, DeadFilter):
             job_ids: Sequence[JobId] = ()
-            before = "+inf"
+            before = "all"
             while before:
                 before, found = await self._look(before, BATCH, which)
                 job_ids = (*job_ids, *(text_of(values[1]) for values in found))

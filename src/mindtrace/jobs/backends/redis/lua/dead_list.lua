@@ -1,7 +1,7 @@
 #!lua flags=no-writes
 -- Dead letters, newest first, from a place on; looks at 500 of them at the most.
 -- KEYS[1] the queue's prefix
--- ARGV[1] those before this one in the order of death, '+inf' for all    ARGV[2] limit
+-- ARGV[1] those before this one in the order of death, or 'all'    ARGV[2] limit
 -- ARGV[3] reason, or ''    ARGV[4] died at or after, ms since the epoch, or -1
 -- Returns format, and 'missing'; or 'ok', the order up to which it looked ('' if that was all), and six values each.
 
@@ -11,7 +11,7 @@ end
 local LIMIT, REASON, SINCE = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local LOOKS, REPLY = 500, 8 * 1024 * 1024
 
-local found = redis.call('ZRANGE', DEAD, '(' .. ARGV[1], '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, LOOKS, 'WITHSCORES')
+local found = redis.call('ZRANGE', DEAD, ARGV[1] == 'all' and '+inf' or '(' .. ARGV[1], '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, LOOKS, 'WITHSCORES')
 local orders, ids, bytes, looked = {}, {}, 0, ''
 for i = 1, #found, 2 do
   if #ids >= LIMIT or bytes > REPLY then
