@@ -164,6 +164,8 @@ class RedisClient(Client["RedisBackend"]):
         namespace: what tells applications on one server apart.
         allow_eviction: use a server that deletes keys when it is full; it may delete jobs.
         require_durable: refuse a server without an append-only file; else that is a warning.
+        max_stall: seconds that a run on the background loop, one with `async`, may block it until the leases there are
+            left to end, and others run the jobs; None: never.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -187,6 +189,7 @@ class RedisClient(Client["RedisBackend"]):
         namespace: str = "mtj",
         allow_eviction: bool = False,
         require_durable: bool = False,
+        max_stall: float | None = 600.0,
     ) -> None:
         from mindtrace.jobs.backends.redis import RedisBackend  # with its driver, which nobody else has to load
 
@@ -205,6 +208,7 @@ class RedisClient(Client["RedisBackend"]):
                 namespace=namespace,
                 allow_eviction=allow_eviction,
                 require_durable=require_durable,
+                max_stall=max_stall,
             )
         )
 
@@ -217,6 +221,7 @@ class RedisClient(Client["RedisBackend"]):
         allow_insecure: bool = False,
         allow_eviction: bool = False,
         require_durable: bool = False,
+        max_stall: float | None = 600.0,
     ) -> Self:
         """As the constructor, with `redis://[[user]:password@]host[:port][/db]`; `rediss://` for TLS.
 
@@ -233,6 +238,7 @@ class RedisClient(Client["RedisBackend"]):
                 allow_insecure=allow_insecure,
                 allow_eviction=allow_eviction,
                 require_durable=require_durable,
+                max_stall=max_stall,
             )
         )
         return client

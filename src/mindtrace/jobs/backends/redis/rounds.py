@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 __all__ = ["BATCH", "CallNumbers", "Claims", "Round"]
 
+_REMEMBERED = 280.0  # seconds for which a call may be repeated: the server forgets its answer after 300
+
 _Pairs = Sequence[tuple[Delivery, Settlement]]
 
 
@@ -196,6 +198,7 @@ class Claims:
             deadline = max([now + REPLY_WITHIN, *(delivery.deadline for delivery in in_order)])
             if call.limit:
                 deadline = max(deadline, now + self._lease)
+            deadline = min(deadline, now + _REMEMBERED)
 
         def answer(reply: Any, error: BaseException | None) -> None:
             if error is not None:

@@ -8,7 +8,7 @@
 -- ARGV[9] how many are Done, then their receipts
 -- ARGV..  five each for the others: receipt, 'retry' | 'dead' | 'release', delay in ms or reason, error, error in short
 -- Returns format, and 'missing' for a queue that is not there; or 'ok', a digit for each receipt (1 settled, 0 the lease
---   was lost before), ms until this receiver has to look again (-1: another does, or nothing is due), ready ones left,
+--   was lost before), ms until this receiver has to look again (-1: another does, or nothing is due), whether there are more,
 --   and for each delivery its receipt, its body and 'attempts crashes releases priority crash_limit'.
 -- Order: answer a repeated call; settle; collect what is due and what has lapsed; hand out. So a late settlement that
 -- comes before anyone collected its lease still counts.
@@ -157,15 +157,16 @@ local function bury_foreign(entry, score, reason)
   bury(id, job, reason)
 end
 
-local function hand_out()
-  local heads
-  if redis.call('HGET', SPEC, 'kind') == 'stack' then
-    heads = redis.call('ZREVRANGE', READY, 0, LIMIT - 1, 'WITHSCORES')
+-- Gives how many are left, or 1 for some.
+local function hand_out(kind)
+  local heads -- one more than may be taken, which tells whether there are more
+  if kind == 'stack' then
+    heads = redis.call('ZREVRANGE', READY, 0, LIMIT, 'WITHSCORES')
   else
-    heads = redis.call('ZRANGE', READY, 0, LIMIT - 1, 'WITHSCORES')
+    heads = redis.call('ZRANGE', READY, 0, LIMIT, 'WITHSCORES')
   end
   local taken, ids, entries, priorities, bytes = {}, {}, {}, {}, 0
-  for i = 1, #heads, 2 do
+  for i = 1, math.min(#heads, 2 * LIMIT), 2 do
     local entry, score = heads[i], heads[i + 1]
     local id = id_of(entry)
     local size = redis.call('HSTRLEN', JOBS, id) -- before any body is read
@@ -185,8 +186,9 @@ local function hand_out()
   if #taken > 0 then
     redis.call('ZREM', READY, unpack(taken))
   end
+  local left = #heads / 2 - #taken
   if #ids == 0 then
-    return
+    return left
   end
   local bodies, states = redis.call('HMGET', JOBS, unpack(ids)), redis.call('HMGET', STATES, unpack(ids))
   local leases, texts = {}, {}
@@ -214,6 +216,7 @@ local function hand_out()
   end
   redis.call('HSET', STATES, unpack(texts))
   redis.call('ZADD', LEASED, unpack(leases))
+  return left
 end
 
 -- Only one of those that wait sets a timer; the others look once a second, as everyone does.
@@ -232,7 +235,8 @@ local function next_look()
   return math.max(0, at - now)
 end
 
-if redis.call('EXISTS', SPEC) == 0 then
+local kind = redis.call('HGET', SPEC, 'kind')
+if not kind then
   return {FORMAT, 'missing'}
 end
 local number, settled, receipts = string.match(redis.call('GET', CALL) or '', '^(%d+) (%d*) (.*)$')
@@ -263,11 +267,13 @@ end
 reply[3] = settled
 
 promote()
+local left
 if LIMIT > 0 then
   collect() -- here only: it needs the receiver's crash limit
-  hand_out()
+  left = hand_out(kind)
+else
+  left = redis.call('ZCARD', READY)
 end
-local left = redis.call('ZCARD', READY)
 reply[5] = left
 if left > 0 then
   ring()
@@ -279,8 +285,7 @@ if #reply > 5 or settled ~= '' then
   for i = 6, #reply, 3 do
     given[#given + 1] = reply[i]
   end
-  redis.call('SET', CALL, NUMBER .. ' ' .. settled .. ' ' .. table.concat(given, '\n'), 'PX',
-    digits(math.max(300000, LEASE + 10000))) -- longer than a call is repeated
+  redis.call('SET', CALL, NUMBER .. ' ' .. settled .. ' ' .. table.concat(given, '\n'), 'PX', 300000)
 end
 if WAITS and left == 0 and #reply == 5 then
   reply[4] = next_look()
