@@ -1,9 +1,12 @@
 # python examples/script_sync.py
-"""The blocking API in a script: publish, look, consume, and read a job off the queue by hand. No `async` anywhere."""
+"""The blocking API in a script: publish, look, consume, and read a job off the queue by hand. No `async` anywhere.
+
+Backend: MINDTRACE_JOBS_URL, or this process.
+"""
 
 from pydantic import BaseModel
 
-from mindtrace.jobs import Consumer, InputInvalid, JobSchema, LocalClient, Orchestrator, job_from_schema
+from mindtrace.jobs import Consumer, InputInvalid, JobSchema, Orchestrator, job_from_schema
 
 
 class Photo(BaseModel):
@@ -23,7 +26,7 @@ class Shrink(Consumer):
 
 
 def main() -> None:
-    orchestrator = Orchestrator(LocalClient())
+    orchestrator = Orchestrator.from_url()
     thumbnails = JobSchema("thumbnails", Photo, Thumbnail)
     orchestrator.register(thumbnails)
 

@@ -1,13 +1,17 @@
-"""`start(code)`: a Python program of its own, which a test reads line by line, talks to and interrupts."""
+"""`start(code)`: a Python program of its own, which a test reads line by line, talks to and interrupts.
+
+Each on every backend in turn; with `start_locally` where no broker matters.
+"""
 
 import os
 import queue
+import secrets
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from textwrap import dedent
 
@@ -18,7 +22,10 @@ CAP = 10.0  # seconds that anything may take before the test gives up on it
 BEGINNING = r"""
 import asyncio, faulthandler, os, signal, sys, threading, warnings
 from pydantic import BaseModel
-from mindtrace.jobs import *
+from mindtrace.jobs import (  # a star would load the driver of Redis
+    AsyncOrchestrator, ConfigError, Consumer, Depth, JobSchema, JobsError, LocalClient, Orchestrator, QueueSpec,
+    RedisClient, Reject, RetryPolicy, WouldDeadlock, connect, current_job,
+)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background of a shell passes on "ignored"
 faulthandler.enable()  # a program that hangs is told by SIGABRT to say where
@@ -35,8 +42,12 @@ class Prints(Consumer):
     def run(self, job_dict):
         print("runs", job_dict["input_data"]["item"], job_dict["attempt"])
 
-def an_orchestrator():
-    orchestrator = Orchestrator(LocalClient())
+def a_client(namespace=""):
+    url = os.environ["BACKEND"]
+    return LocalClient() if url == "local://" else RedisClient.from_url(url, namespace=os.environ["MINE"] + namespace)
+
+def an_orchestrator(namespace=""):
+    orchestrator = Orchestrator(a_client(namespace))
     orchestrator.register(orders)
     return orchestrator
 
@@ -50,7 +61,7 @@ def connected(kind, orchestrator):
 class Program:
     """A running program. What it prints is read line by line; what it complains of is kept for the end."""
 
-    def __init__(self, code: str, folder: Path) -> None:
+    def __init__(self, code: str, folder: Path, environment: Mapping[str, str]) -> None:
         self.source = folder / "program.py"
         self.source.write_text(code)
         self._complaints = folder / "stderr"
@@ -61,7 +72,7 @@ class Program:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env={**os.environ, "PYTHONWARNINGS": "default"},
+                env={**os.environ, "PYTHONWARNINGS": "default", **environment},
                 start_new_session=True,  # so that what it forked can be ended with it
             )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -135,17 +146,57 @@ class Program:
         self._lines.put(None)
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
-    """Start a program: `first`, the lines that every one begins with, then these."""
-    programs: list[Program] = []
+@contextmanager
+def programs(folder: Path, url: str) -> Iterator[Callable[..., Program]]:
+    """Start a program: `first`, the lines that every one begins with, then these. All share one namespace."""
+    started: list[Program] = []
+    environment = {"BACKEND": url, "MINE": f"t{secrets.token_hex(6)}"}
 
-    def begin(code: str, first: str = "") -> Program:
-        folder = tmp_path / str(len(programs))
-        folder.mkdir()
-        programs.append(Program(dedent(first) + BEGINNING + dedent(code), folder))
-        return programs[-1]
+    def start(code: str, first: str = "") -> Program:
+        own = folder / str(len(started))
+        own.mkdir()
+        started.append(Program(dedent(first) + BEGINNING + dedent(code), own, environment))
+        return started[-1]
 
-    yield begin
-    for program in programs:
+    yield start
+    for program in started:
         program.close()
+
+
+LOCAL = pytest.param("local", marks=pytest.mark.local)
+REDIS = pytest.param("redis", marks=[pytest.mark.redis, pytest.mark.uses_broker("redis")])
+
+
+@pytest.fixture(params=[LOCAL, REDIS])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each in turn."""
+    return request.param
+
+
+@pytest.fixture
+def start(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Program]]:
+    """Start a program; on a server all of a test's have one namespace."""
+    url = "local://" if backend == "local" else request.getfixturevalue("redis_url")
+    with programs(tmp_path, url) as start:
+        yield start
+
+
+@pytest.fixture(params=[LOCAL])
+def start_locally(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """Start a program on the local backend."""
+    with programs(tmp_path, "local://") as start:
+        yield start
+
+
+@pytest.fixture(params=[REDIS])
+def start_on_redis(tmp_path: Path, redis_url: str) -> Iterator[Callable[..., Program]]:
+    """Start a program on Redis."""
+    with programs(tmp_path, redis_url) as start:
+        yield start
+
+
+@pytest.fixture
+def start_on(tmp_path: Path) -> Iterator[Callable[[str], Callable[..., Program]]]:
+    """`start_on(url)` starts programs on a server of the test's own."""
+    with ExitStack() as stack:
+        yield lambda url: stack.enter_context(programs(tmp_path, url))

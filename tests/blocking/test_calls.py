@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.local
-
 Start = Callable[[str], Any]
 
 
@@ -27,11 +25,12 @@ def test_a_script_publishes_consumes_and_ends(start: Start) -> None:
     assert program.ends_well()
 
 
-def test_many_threads_share_one_background_loop_and_run_jobs_in_their_own(start: Start) -> None:
+def test_many_threads_share_one_background_loop_and_run_jobs_in_their_own(start: Start, backend: str) -> None:
     """The very first calls are made at the same moment; each job is run once, by a thread that consumes."""
+    ours = {"local": ["mindtrace-jobs"], "redis": ["mindtrace-jobs", "mindtrace-jobs keeper"]}[backend]
     program = start(
         """
-        orchestrator = Orchestrator(LocalClient())
+        orchestrator = Orchestrator(a_client())
         together = threading.Barrier(8)
 
         class Tells(Consumer):
@@ -58,7 +57,7 @@ def test_many_threads_share_one_background_loop_and_run_jobs_in_their_own(start:
     runs = [rest.split() for word, rest in lines if word == "runs"]
     assert Counter(item for item, _ in runs) == {f"{name}.{number}": 1 for name in range(8) for number in range(5)}
     assert Counter(thread for _, thread in runs) == {f"thread-{name}": 5 for name in range(8)}
-    assert [rest for word, rest in lines if word != "runs"] == [*["5"] * 8, "0", "['mindtrace-jobs']"]
+    assert [rest for word, rest in lines if word != "runs"] == [*["5"] * 8, "0", str(ours)]
     assert program.ends_well()
 
 
@@ -67,9 +66,9 @@ def test_many_threads_share_one_background_loop_and_run_jobs_in_their_own(start:
     [
         'orchestrator.publish("orders", Order())',
         "consumer.consume(num_messages=1)",
-        "LocalClient().backend",
-        "Orchestrator(LocalClient()).register(orders)",
-        "Prints('orders').connect(Orchestrator(LocalClient()))",
+        "a_client().backend",
+        "Orchestrator(a_client()).register(orders)",
+        "Prints('orders').connect(Orchestrator(a_client()))",
     ],
 )
 def test_inside_a_running_loop_a_call_works_and_warns_once_at_its_own_line(start: Start, call: str) -> None:
@@ -107,7 +106,7 @@ def test_each_call_on_the_background_loop_is_refused_and_not_waited_for(start: S
             "dead letters": lambda: orchestrator.dead_letters("orders").count(),
             "declare_queue": lambda: orchestrator.backend.declare_queue("more"),
             "close": lambda: orchestrator.backend.close(),
-            "a new client": lambda: LocalClient().backend,
+            "a new client": lambda: a_client().backend,
             "connect": lambda: Prints("alone").connect(orchestrator),
             "consume": lambda: other.consume(num_messages=1),
         }
@@ -150,9 +149,9 @@ def in_a_child(function):
         ("Prints('more').connect(orchestrator)", "fifo"),
     ],
 )
-def test_a_forked_child_works_anew_with_the_queues_and_no_jobs(start: Start, made: str, kind: str) -> None:
+def test_a_forked_child_works_anew_with_the_queues_and_no_jobs(start_locally: Start, made: str, kind: str) -> None:
     """Whichever call made a queue; and what the child does, the parent never sees."""
-    program = start(
+    program = start_locally(
         FORK
         + f"""
 orchestrator = an_orchestrator()
@@ -187,6 +186,83 @@ print(orchestrator.depth("orders"))
     assert "Traceback" not in program.errors()
 
 
+def test_a_forked_child_works_on_a_connection_of_its_own_beside_the_parent_on_the_same_queue(
+    start_on_redis: Start,
+) -> None:
+    """Both with the orchestrator and consumer of before the fork, at the same time; no job is lost or run twice."""
+    program = start_on_redis(
+        FORK
+        + """
+class Tells(Consumer):
+    def run(self, job_dict):
+        print(job_dict["input_data"]["item"], os.getpid() == parent)
+
+parent = os.getpid()
+orchestrator = an_orchestrator()
+consumer = connected(Tells, orchestrator)
+orchestrator.publish_many("orders", [Order(item=f"before {n}") for n in range(50)])
+
+def child():
+    works("child")
+    print("schema is known:", orchestrator.publish("orders", {"item": "of a dict"}) != "")
+
+def works(name):
+    for n in range(20):
+        orchestrator.publish("orders", Order(item=f"{name} {n}"))
+        consumer.consume(num_messages=2)
+
+pid = os.fork()
+if pid == 0:
+    child()
+    sys.exit(0)
+works("parent")
+print("child ended with", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+consumer.consume(num_messages=orchestrator.count_queue_messages("orders"))
+print(orchestrator.depth("orders"))
+"""
+    )
+    *lines, nothing = program.rest()
+    assert nothing == "Depth(ready=0, scheduled=0, leased=0, dead=0)"
+    assert {"child ended with 0", "schema is known: True"} <= set(lines)
+    runs = [line.rsplit(" ", 1) for line in lines if line.endswith(("True", "False")) and "known" not in line]
+    made = [f"before {n}" for n in range(50)] + [f"{name} {n}" for name in ("child", "parent") for n in range(20)]
+    assert Counter(item for item, _ in runs) == Counter([*made, "of a dict"])
+    assert {where for _, where in runs} == {"True", "False"}
+    assert program.status() == 0
+    assert "Traceback" not in program.errors()
+
+
+def test_a_forked_child_leaves_what_the_parent_has_received_to_the_parent(start_on_redis: Start) -> None:
+    """Its end neither releases the job that the parent is in the middle of, nor closes the parent's connections."""
+    program = start_on_redis(
+        FORK
+        + """
+class Forks(Consumer):
+    def run(self, job_dict):
+        in_a_child(lambda: print("child sees", orchestrator.depth("orders")))
+        in_a_child(lambda: None)
+        print("parent sees", orchestrator.depth("orders"), job_dict["attempt"])
+
+orchestrator = an_orchestrator()
+orchestrator.publish("orders", Order())
+print("handled", connected(Forks, orchestrator).consume(num_messages=1))
+print(orchestrator.depth("orders"))
+"""
+    )
+    held = "Depth(ready=0, scheduled=0, leased=1, dead=0)"
+    ended = "child ended with 0"
+    assert program.rest() == [
+        f"child sees {held}",
+        ended,
+        ended,
+        f"parent sees {held} 1",
+        "handled 1",
+        held.replace("leased=1", "leased=0"),
+    ]
+    assert program.status() == 0
+    assert "Traceback" not in program.errors()
+
+
 def test_a_child_that_never_touches_its_jobs_ends_like_any_other(start: Start) -> None:
     program = start(
         FORK
@@ -201,9 +277,9 @@ print(orchestrator.count_queue_messages("orders"))
     assert "Traceback" not in program.errors()
 
 
-def test_a_process_started_by_a_run_leaves_the_job_to_the_parent(start: Start) -> None:
+def test_a_process_started_by_a_run_leaves_the_job_to_the_parent(start_locally: Start) -> None:
     """The child inherits the stack of `consume()`, and not the loop that drives it."""
-    program = start(
+    program = start_locally(
         """
         import multiprocessing
 

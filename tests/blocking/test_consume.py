@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.local
-
 Start = Callable[[str], Any]
 
 
@@ -18,8 +16,8 @@ Start = Callable[[str], Any]
         (0, ["handled 0", "left 3"]),
     ],
 )
-def test_consume_returns_after_as_many_deliveries_as_asked(start: Start, asked: int, lines: list[str]) -> None:
-    program = start(
+def test_consume_returns_after_as_many_deliveries_as_asked(start_locally: Start, asked: int, lines: list[str]) -> None:
+    program = start_locally(
         f"""
         orchestrator = an_orchestrator()
         orchestrator.publish_many("orders", [Order(item=item) for item in "abc"])
@@ -33,9 +31,9 @@ def test_consume_returns_after_as_many_deliveries_as_asked(start: Start, asked: 
 
 @pytest.mark.parametrize("prefix", ["", "async "])
 @pytest.mark.parametrize("raised", ["ValueError('no tea')", "asyncio.CancelledError()", "Reject('no tea')"])
-def test_a_job_that_raises_never_escapes_consume(start: Start, prefix: str, raised: str) -> None:
+def test_a_job_that_raises_never_escapes_consume(start_locally: Start, prefix: str, raised: str) -> None:
     """Its runs count as deliveries; then it lies in the dead letters, and the next job is run."""
-    program = start(
+    program = start_locally(
         f"""
         class Fails(Consumer):
             retry = RetryPolicy(max_attempts=1)
@@ -55,8 +53,8 @@ def test_a_job_that_raises_never_escapes_consume(start: Start, prefix: str, rais
     assert program.ends_well()
 
 
-def test_each_run_of_a_retried_job_counts_as_a_delivery(start: Start) -> None:
-    program = start(
+def test_each_run_of_a_retried_job_counts_as_a_delivery(start_locally: Start) -> None:
+    program = start_locally(
         """
         class Fails(Consumer):
             def run(self, job_dict):
@@ -83,7 +81,7 @@ def test_a_job_that_exits_counts_as_failed_and_ends_the_program(start: Start) ->
             def run(self, job_dict):
                 sys.exit(3)
 
-        orchestrator = Orchestrator(LocalClient())
+        orchestrator = Orchestrator(a_client())
         orchestrator.register(JobSchema("orders", Order))
         orchestrator.publish_many("orders", [Order(), Order()])
         try:
@@ -97,8 +95,10 @@ def test_a_job_that_exits_counts_as_failed_and_ends_the_program(start: Start) ->
     assert program.errors() == ""
 
 
-def test_a_plain_run_is_in_the_thread_that_consumes_and_a_coroutine_on_the_background_loop(start: Start) -> None:
-    program = start(
+def test_a_plain_run_is_in_the_thread_that_consumes_and_a_coroutine_on_the_background_loop(
+    start_locally: Start,
+) -> None:
+    program = start_locally(
         """
         class Plain(Consumer):
             def run(self, job_dict):
@@ -139,8 +139,8 @@ def test_a_run_may_publish_and_consume_in_its_turn(start: Start) -> None:
     assert program.ends_well()
 
 
-def test_consume_without_connect_says_what_to_call(start: Start) -> None:
-    program = start(
+def test_consume_without_connect_says_what_to_call(start_locally: Start) -> None:
+    program = start_locally(
         """
         try:
             Prints("orders").consume()

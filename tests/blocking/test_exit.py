@@ -1,11 +1,11 @@
 """The end of a program that made blocking calls: by itself, within 2 s, with its own status and no noise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.local
+from mindtrace.jobs.testing import brokers
 
 Start = Callable[..., Any]
 
@@ -130,4 +130,54 @@ def too_late():
     )
     assert program.status(within=PROMISED + SLACK) == 0, program.errors()
     assert program.rest() == ["Closed"]
+    assert program.errors() == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "left", "runs"),
+    [
+        ("the background loop is in a run", "ready=2, scheduled=0, leased=0", ["runs first 1", "runs tea 1"]),
+        ("a daemon thread is in a run", "ready=1, scheduled=0, leased=1", ["runs tea 1"]),
+    ],
+)
+def test_a_run_that_can_be_ended_is_given_back_at_exit_and_one_that_cannot_is_left_to_its_lease(
+    start_on_redis: Start, state: str, left: str, runs: list[str]
+) -> None:
+    """Given back it is in its old place, and no attempt; a thread goes on until the very end of the process."""
+    code = "orchestrator.publish('orders', Order(item='first'))\n" + STATES[state] + "sys.stdin.readline()\n"
+    first = start_on_redis(WAITS + code)
+    assert first.line() == "begins"
+    first.say()
+    assert first.status(within=PROMISED + SLACK) == 0, first.errors()
+    second = start_on_redis(
+        f"""
+        orchestrator = an_orchestrator()
+        print(orchestrator.depth("orders"))
+        print("handled", connected(Prints, orchestrator).consume(num_messages={len(runs)}))
+        """
+    )
+    assert second.rest() == [f"Depth({left}, dead=0)", *runs, f"handled {len(runs)}"]
+    assert second.ends_well()
+
+
+@pytest.fixture
+def own_server() -> Iterator[brokers.Broker]:
+    with brokers.redis(private=True) as server:
+        yield server
+
+
+@pytest.mark.redis
+@pytest.mark.uses_broker("redis")
+@pytest.mark.parametrize("harm", ["stop", "kill"])
+@pytest.mark.parametrize("state", ["a script has consumed", "a daemon thread is in a run"])
+def test_a_program_whose_server_is_silent_or_gone_ends_in_time_all_the_same(
+    start_on: Callable[[str], Start], own_server: brokers.Broker, harm: str, state: str
+) -> None:
+    code = "print('ready')\nsys.stdin.readline()\nprint('the end')\n"
+    program = start_on(own_server.url)(WAITS + STATES[state] + code)
+    assert {program.line(), program.line()} in ({"runs tea 1", "ready"}, {"begins", "ready"})
+    getattr(own_server, harm)()
+    program.say()
+    assert program.line() == "the end"
+    assert program.status(within=PROMISED + SLACK) == 0, program.errors()
     assert program.errors() == ""

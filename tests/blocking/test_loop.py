@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.local
-
 Start = Callable[[str], Any]
 
 
@@ -14,7 +12,7 @@ def test_first_calls_from_several_threads_share_one_orchestrator(start: Start) -
     program = start(
         """
 for n in range(20):
-    orchestrator = Orchestrator(LocalClient())
+    orchestrator = Orchestrator(a_client(str(n)))
     barrier = threading.Barrier(4)
 
     def registers(name):
@@ -35,11 +33,46 @@ print("all known")
     assert program.ends_well()
 
 
-@pytest.mark.parametrize("raised", ["SystemExit(3)", "KeyboardInterrupt()"])
-def test_what_a_listener_raises_to_end_the_program_reaches_the_caller_and_leaves_the_loop_running(
-    start: Start, raised: str
+def test_first_calls_from_several_threads_of_a_forked_child_share_one_orchestrator_that_knows_all_schemas(
+    start: Start,
 ) -> None:
     program = start(
+        """
+orchestrators = [an_orchestrator(str(n)) for n in range(10)]
+for orchestrator in orchestrators:
+    for n in range(20):
+        orchestrator.register(JobSchema(f"more{n}", Order))
+pid = os.fork()
+if pid:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+for orchestrator in orchestrators:
+    barrier = threading.Barrier(4)
+
+    def registers(name):
+        barrier.wait()
+        orchestrator.register(JobSchema(name, Order))
+
+    threads = [threading.Thread(target=registers, args=(f"orders{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        orchestrator.publish(f"orders{i}", {"item": "of a dict"})
+print("all known")
+os._exit(0)  # as a child of multiprocessing ends
+"""
+    )
+    assert program.rest() == ["all known"]
+    assert program.status() == 0
+    assert "Traceback" not in program.errors()
+
+
+@pytest.mark.parametrize("raised", ["SystemExit(3)", "KeyboardInterrupt()"])
+def test_what_a_listener_raises_to_end_the_program_reaches_the_caller_and_leaves_the_loop_running(
+    start_locally: Start, raised: str
+) -> None:
+    program = start_locally(
         f"""
 def listener(event):
     raise {raised}

@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -15,12 +16,28 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import redis
 
 import mindtrace.jobs
-from mindtrace.jobs import ConfigError, Depth, Job, JobSchema, LocalClient, LocalConsumerBackend, RetryPolicy, Worker
+from mindtrace.jobs import (
+    AsyncOrchestrator,
+    ConfigError,
+    Depth,
+    Job,
+    JobSchema,
+    LocalClient,
+    LocalConsumerBackend,
+    Orchestrator,
+    QueueSpec,
+    RedisBackend,
+    RedisClient,
+    RedisConsumerBackend,
+    RetryPolicy,
+    Worker,
+)
+from mindtrace.jobs.sync import Client
+from mindtrace.jobs.testing import brokers
 from mindtrace.jobs.wire import HEADERS_LIMIT, PAYLOAD_LIMIT, Envelope, decode, encode
-
-pytestmark = pytest.mark.local
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -36,6 +53,7 @@ class Reader:
         self.interrupted = 0
         self._ran = threading.Event()
         self._left = list(BLOCKS)
+        self._clients: set[Client[Any]] = set()
 
     def read(self, up_to: str = "") -> "Reader":
         """Run the blocks up to the first that contains this text; without, all that are left."""
@@ -47,10 +65,20 @@ class Reader:
                     exec(compile(block, "README.md", "exec"), self.names)  # noqa: S102 (our own page)
                 except KeyboardInterrupt:
                     self.interrupted += 1
+            for value in self.names.values():
+                if isinstance(value, Client):
+                    self._clients.add(value)
+                elif isinstance(value, Orchestrator):
+                    self._clients.add(value.backend)
             if up_to and up_to in block:
                 return self
         assert not up_to, f"no block has {up_to!r}"
         return self
+
+    def close(self) -> None:
+        """Close what the page has opened: it trusts in the end of its program for that."""
+        for client in self._clients:
+            client.close()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -106,53 +134,253 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def test_every_block_of_the_page_runs() -> None:
-    reader = Reader().read()
-    assert reader.interrupted == 1
+@contextmanager
+def _the_usual_port_leads_to(url: str | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever connects to localhost:6379 from an event loop comes to this server; None: meets an error.
+
+    The page says that Redis is there, and no test may listen there, or meet what does. So its words stay as they are,
+    and so does every class they name: the road out of the loop is what turns.
+    """
+    connect = asyncio.BaseEventLoop.create_connection
+
+    async def connected(loop: Any, protocol: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
+        if (host, port) == ("localhost", 6379):
+            assert url is not None, "this part of the page needs no Redis"
+            host, port = url.removeprefix("redis://").removesuffix("/0").split(":")
+        return await connect(loop, protocol, host, port, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.BaseEventLoop, "create_connection", connected)
+        yield
+
+
+def _ours(server: brokers.Broker) -> list[str]:
+    """The connections of the library to it."""
+    with redis.Redis.from_url(server.url, decode_responses=True) as admin:
+        return [client["name"] for client in admin.client_list() if client["name"].startswith("mtjobs:")]
+
+
+@pytest.fixture
+def local_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    """For the beginning of the page, which needs no server."""
+    reader = Reader()
+    with _the_usual_port_leads_to(None, monkeypatch):
+        yield reader
+        reader.close()
+
+
+@pytest.fixture
+def server() -> Iterator[brokers.Broker]:
+    """A Redis that nobody else reads the page on."""
+    with brokers.redis(private=True) as server:
+        yield server
+
+
+@pytest.fixture
+def reader(server: brokers.Broker, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    """With that Redis where the page says that one is."""
+    reader = Reader()
+    with _the_usual_port_leads_to(server.url, monkeypatch):
+        yield reader
+        reader.close()
+        assert _ours(server) == []
+
+
+def on_redis(test: Any) -> Any:
+    return pytest.mark.redis(pytest.mark.uses_broker("redis")(test))
+
+
+@on_redis
+def test_every_block_of_the_page_runs(reader: Reader) -> None:
+    reader.read()
+    assert reader.interrupted == 2
     asyncio.run(reader.names["test_a_product_is_computed"]())
-    assert len(BLOCKS) >= 9
+    assert len(BLOCKS) >= 14
 
 
-def test_the_basic_example_computes_its_product_and_leaves_nothing_behind() -> None:
-    reader = Reader().read("consumer.consume(num_messages=1)")
-    assert [value["operation_performed"] for _, value in reader.runs] == ["multiply(7.0, 3.0) = 21.0"]
-    assert reader.names["orchestrator"].depth("maths_operations") == Depth(0, 0, 0, 0)
+@pytest.mark.local
+def test_the_basic_example_computes_its_product_and_leaves_nothing_behind(local_reader: Reader) -> None:
+    local_reader.read("consumer.consume(num_messages=1)")
+    assert [value["operation_performed"] for _, value in local_reader.runs] == ["multiply(7.0, 3.0) = 21.0"]
+    assert local_reader.names["orchestrator"].depth("maths_operations") == Depth(0, 0, 0, 0)
 
 
-def test_what_a_run_is_given() -> None:
-    [(job_dict, _)] = Reader().read("consumer.consume(num_messages=1)").runs
+@pytest.mark.local
+def test_what_a_run_is_given(local_reader: Reader) -> None:
+    [(job_dict, _)] = local_reader.read("consumer.consume(num_messages=1)").runs
     assert {type(value) for value in job_dict.values()} <= {str, int, dict}
     assert set(job_dict) == set(re.findall(r"`(\w+)`", README.split("- `job_dict` has")[1].split(", as JSON")[0]))
 
 
-def test_a_consumer_connects_where_no_schema_is_known_and_inputs_are_not_checked() -> None:
+@on_redis
+def test_the_url_and_the_backend_of_the_page_store_jobs_and_namespaces_keep_them_apart(
+    reader: Reader, server: brokers.Broker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asyncio.run(reader.read("async def on_redis").names["on_redis"]())
+    assert capsys.readouterr().out == "[]\n"
+
+    async def stored() -> tuple[list[QueueSpec], Depth]:
+        async with AsyncOrchestrator(RedisBackend.from_url(server.url)) as jobs:
+            return await jobs.queues(), await jobs.depth("checkout")
+
+    assert asyncio.run(stored()) == ([QueueSpec("checkout")], Depth(1, 0, 0, 0))
+
+
+@on_redis
+@pytest.mark.parametrize(("up_to", "interrupted"), [("import RedisClient", 1), ("# Same orchestrator and consumer", 2)])
+def test_a_consumer_connects_where_no_schema_is_known_and_inputs_are_not_checked(
+    reader: Reader, up_to: str, interrupted: int
+) -> None:
     """The whole numbers stay whole: no model has turned them into floats. Then Ctrl-C ends the endless `consume()`."""
-    reader = Reader().read("# Same orchestrator and consumer code")
+    reader.read(up_to)
+    assert type(reader.names["orchestrator"].backend) is RedisClient
     assert reader.runs[-1][1]["operation_performed"] == "add(1, 2) = 3"
-    assert reader.interrupted == 1
+    assert reader.interrupted == interrupted
 
 
-def test_the_backend_is_detected() -> None:
-    names = Reader().read("# Automatically detects backend type").names
+@on_redis
+def test_an_orchestrator_of_a_url_sees_the_queue_of_the_client_before_it(
+    reader: Reader, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader.read("import RedisClient")
+    job = Job(name="sum", schema_name="sum", input_data={"a": 1})
+    reader.names["orchestrator"].publish("maths_operations", job)
+    reader.read("Orchestrator.from_url(")
+    assert capsys.readouterr().out == "1\n"
+
+
+@pytest.mark.local
+def test_the_local_backend_is_detected(local_reader: Reader) -> None:
+    names = local_reader.read("consumer.consume(num_messages=1)").names
     assert type(names["orchestrator"].backend) is LocalClient
     assert type(names["consumer"].consumer_backend) is LocalConsumerBackend
     assert type(names["orchestrator"].create_consumer_backend_for_schema(names["schema"])) is LocalConsumerBackend
 
 
-def test_higher_priorities_are_consumed_first_by_a_consumer_of_an_orchestrator_that_knows_no_schema() -> None:
-    reader = Reader().read("background_job, priority=1")
+@on_redis
+def test_redis_is_detected(reader: Reader) -> None:
+    names = reader.read("# Automatically detects backend type").names
+    assert type(names["orchestrator"].backend) is RedisClient
+    assert type(names["consumer"].consumer_backend) is RedisConsumerBackend
+    assert type(names["orchestrator"].create_consumer_backend_for_schema(names["schema"])) is RedisConsumerBackend
+
+
+@on_redis
+@pytest.mark.parametrize(
+    ("queue", "priorities", "results"),
+    [("priority_tasks", [10, 5, 1], [1024.0, 2.0, 3.0]), ("redis_priority", [100, 50], [27.0, 2.0])],
+)
+def test_higher_priorities_are_consumed_first_by_a_consumer_of_an_orchestrator_that_knows_no_schema(
+    reader: Reader, queue: str, priorities: list[int], results: list[float]
+) -> None:
+    reader.read(f'declare_queue("{queue}"')
     reader.runs.clear()
-    consumer = reader.names["MathsConsumer"]("priority_tasks")
+    consumer = reader.names["MathsConsumer"](queue)
     consumer.connect(reader.names["orchestrator"])
     with reader.watched():
-        assert consumer.consume(num_messages=3) == 3
-    assert [job_dict["priority"] for job_dict, _ in reader.runs] == [10, 5, 1]
-    assert [value["result"] for _, value in reader.runs] == [1024.0, 2.0, 3.0]
+        assert consumer.consume(num_messages=len(priorities)) == len(priorities)
+    assert [job_dict["priority"] for job_dict, _ in reader.runs] == priorities
+    assert [value["result"] for _, value in reader.runs] == results
+
+
+# --- the facts about Redis
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below this heading, without its own."""
+    table = re.findall(r"^\|(.*)\|$", README.split(f"{heading}\n")[1].split("\n##")[0], re.MULTILINE)
+    return [[cell.strip() for cell in re.split(r" \|(?: |$)", row)] for row in table[2:]]
+
+
+@pytest.mark.parametrize("kind", [RedisBackend, RedisClient])
+def test_the_table_of_options_has_each_with_its_default(kind: Any) -> None:
+    told = {}
+    for names, defaults, *_ in rows("## Redis"):
+        found = re.findall(r"`(\w+)`", names)
+        values = re.findall(r"`([\w.]+)`", defaults) * (len(found) if defaults.count("`") == 2 else 1)
+        told.update(zip(found, values, strict=True))
+    options = inspect.signature(kind).parameters
+    assert told == {name: str(parameter.default) for name, parameter in options.items()}
+
+
+@on_redis
+@pytest.mark.parametrize(("appendonly", "appendfsync", "durability"), [row[:3] for row in rows("### What is stored")])
+def test_the_durability_of_a_server_is_the_one_of_the_table(appendonly: str, appendfsync: str, durability: str) -> None:
+    settings = {"appendonly": appendonly.strip("`"), "appendfsync": appendfsync.strip("`")}
+
+    async def opened(url: str) -> str:
+        async with AsyncOrchestrator(RedisBackend.from_url(url)) as jobs:
+            return jobs.backend.traits.durability
+
+    with brokers.redis(settings=settings) as server:
+        assert asyncio.run(opened(server.url)) == durability.strip("`")
+
+
+def the_user_of_the_page() -> list[str]:
+    """The words of `ACL SETUSER`, as a shell would pass them on."""
+    [line] = re.findall(r"^redis-cli (ACL SETUSER (?:.*\\\n)*.*)$", README, re.MULTILINE)
+    return shlex.split(line.replace("\\\n", ""))
+
+
+@on_redis
+def test_the_user_of_the_page_may_do_all_that_the_library_asks_for(server: brokers.Broker) -> None:
+    """Every call there is, and what a worker asks for; the server keeps a log of what it refused."""
+
+    class Fails(mindtrace.jobs.AsyncConsumer[Any, Any]):
+        retry = RetryPolicy(max_attempts=2, base=0.01)
+
+        async def run(self, job_dict: dict[str, Any]) -> dict[str, Any]:
+            if job_dict["input_data"]:
+                raise ConnectionError
+            return {}
+
+    def job(*, fails: bool = False) -> Job:
+        return Job(name="q", schema_name="q", input_data={"fails": True} if fails else {})
+
+    async def everything(url: str) -> None:
+        async with AsyncOrchestrator(RedisBackend.from_url(url)) as jobs:
+            for spec in (QueueSpec("q"), QueueSpec("stack", "stack"), QueueSpec("ranked", "priority", 9, 5)):
+                await jobs.declare(spec)
+                await jobs.publish(spec.name, job(), job_id="twice")
+                await jobs.publish(spec.name, job(), job_id="twice")
+                await jobs.publish(spec.name, job(), delay=0.01)
+                assert await jobs.receive_message(spec.name)
+            assert len(await jobs.queues()) == 3
+            await jobs.publish("q", job(fails=True), retry=2)
+            await Worker(jobs, [Fails("q")], max_jobs=3, lease=0.3).run()  # which waits at the bell, too
+            letters = jobs.dead_letters("q")
+            [record] = (await letters.list()).records
+            await letters.get(record.message.id)
+            assert await letters.replay() == 1
+            assert await jobs.receive_message("q")
+            await jobs.publish("q", job(fails=True), retry=False)
+            await Worker(jobs, [Fails("q")], max_jobs=1).run()
+            assert (await letters.count(), await letters.purge()) == (1, 1)
+            await jobs.publish("q", job())
+            async with jobs.backend.receiver(["q"]) as receiver:
+                held = await receiver.receive(1, wait=5)
+                assert await receiver.extend(held) == [None]
+            async with jobs.backend.receiver(["q"], lease=0.1, keep=False, crash_limit=1) as receiver:
+                assert await receiver.receive(1, wait=5)
+                assert await receiver.receive(1, wait=0.5) == []  # it lapses, and is dead
+            assert await jobs.clean("stack") == 1
+            await jobs.delete("stack", force=True)
+
+    with redis.Redis.from_url(server.url, decode_responses=True) as admin:
+        admin.execute_command(*the_user_of_the_page())
+        asyncio.run(asyncio.wait_for(everything(server.url.replace("//", "//jobs:a-password@")), 20))
+        assert [entry["object"] for entry in admin.acl_log()] == []
+
+
+# --- the facts about the rest
 
 
 @pytest.mark.parametrize("name", ["Consumer", "Orchestrator"])
 def test_the_reference_tells_the_signatures_as_they_are(name: str) -> None:
-    documented, real = Reader().read("def receive_message").names[name], getattr(mindtrace.jobs, name)
+    [block] = [block for block in BLOCKS if "def receive_message" in block]
+    names: dict[str, Any] = {"JobSchema": JobSchema, "Orchestrator": Orchestrator}
+    exec(compile(block, "README.md", "exec"), names)  # noqa: S102 (our own page)
+    documented, real = names[name], getattr(mindtrace.jobs, name)
     for method, function in inspect.getmembers(documented, inspect.isfunction):
         told = inspect.signature(function).parameters
         if method == "run":  # a user's to write

@@ -35,6 +35,9 @@ from mindtrace.jobs import (
     LocalClient,
     Orchestrator,
     QueueSpec,
+    RedisBackend,
+    RedisClient,
+    RedisConsumerBackend,
     Retry,
     RetryPolicy,
     Worker,
@@ -91,11 +94,32 @@ client = LocalClient()
 client.declare_queue("queue", queue_type="priority", max_priority=9)
 client.declare_queue("queue", queue_type="heap")  # type: ignore[arg-type]
 backend: Backend = client.backend
-assert_type(client.backend_type, Literal[BackendType.LOCAL])
+assert_type(client.backend, LocalBackend)
+assert_type(client.backend_type, BackendType)
+assert_type(LocalClient.backend_type, BackendType)
+
+redis = RedisClient("localhost", 6379, 0)
+assert_type(RedisClient(host="localhost", port=6379, db=0), RedisClient)
+RedisClient(username="a", password="", tls=True, ca_certs="c", certfile="d", keyfile="e", allow_insecure=False)
+RedisClient(namespace="shop", allow_eviction=False, require_durable=True, max_stall=None)
+assert_type(RedisClient.from_url("redis://localhost:6379/0", namespace="shop", require_durable=True), RedisClient)
+assert_type(redis.backend, RedisBackend)
+assert_type(redis.backend_type, BackendType)
+redis.declare_queue("queue", queue_type="priority")
+RedisClient("localhost", "6379")  # type: ignore[arg-type]
+RedisClient("localhost", 6379, 0, "user")  # type: ignore[call-arg]
+RedisClient(durable=True)  # type: ignore[call-arg]
+RedisClient.from_url("redis://", password="")  # type: ignore[call-arg]
 
 orchestrator = Orchestrator(client)
 assert_type(Orchestrator(client, require={"stack"}, payload_limit=1024, listeners=[print]), Orchestrator)
-assert_type(orchestrator.backend, LocalClient)
+assert_type(Orchestrator(redis), Orchestrator)
+assert_type(Orchestrator.from_url(), Orchestrator)
+assert_type(Orchestrator.from_url("redis://", require={"stack"}, payload_limit=1024, listeners=[print]), Orchestrator)
+Orchestrator.from_url(client)  # type: ignore[arg-type]
+Orchestrator.from_url("redis://", namespace="shop")  # type: ignore[call-arg]
+orchestrator.backend.declare_queue("queue", queue_type="priority")
+assert_type(orchestrator.backend.backend_type, BackendType)
 assert_type(orchestrator.register(both), str)
 assert_type(orchestrator.publish("queue", job), str)
 assert_type(orchestrator.publish("queue", Take(), priority=3, delay=1.5, headers={"k": "v"}), str)
@@ -175,6 +199,9 @@ for consumer in (Plain("both"), Typed("both"), Typed()):
     consumer.consume("3")  # type: ignore[arg-type]
 assert_type(orchestrator.create_consumer_backend_for_schema(both), ConsumerBackendBase)
 assert_type(orchestrator.create_consumer_backend_for_schema(both).consume(num_messages=1), int)
+assert_type(RedisConsumerBackend("queue", orchestrator).consume(), int)
+assert_type(RedisConsumerBackend("queue", orchestrator, poll_timeout=5).poll_timeout, float)
+RedisConsumerBackend("queue", orchestrator, timeout=5)  # type: ignore[call-arg]
 Plain("both").connect(client)  # type: ignore[arg-type]
 
 
@@ -222,6 +249,11 @@ async def opened() -> None:
     async with AsyncOrchestrator(connect(), require={"stack"}, listeners=[listener]) as jobs:
         assert_type(jobs, AsyncOrchestrator)
     AsyncOrchestrator(LocalBackend())
+    AsyncOrchestrator(RedisBackend("localhost", 6379, 0, namespace="shop", require_durable=True))
+    AsyncOrchestrator(RedisBackend.from_url("rediss://localhost", allow_insecure=True, allow_eviction=True))
+    RedisBackend("localhost", 6379, 0, "user")  # type: ignore[call-arg]
+    RedisBackend(port="6379")  # type: ignore[arg-type]
+    AsyncOrchestrator(redis)  # type: ignore[arg-type]
     AsyncOrchestrator(LocalClient())  # type: ignore[arg-type]
 
 

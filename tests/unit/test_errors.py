@@ -4,6 +4,8 @@ import pytest
 
 import mindtrace.jobs
 from mindtrace.jobs import (
+    AuthenticationFailed,
+    BackendFull,
     BackendUnavailable,
     Closed,
     ConfigError,
@@ -25,6 +27,7 @@ from mindtrace.jobs import (
     RetryLater,
     RunTimeout,
     Snooze,
+    UnsafeBackend,
     WouldDeadlock,
 )
 from mindtrace.jobs.errors import Refused, RunAborted, UnknownSchema, described
@@ -39,9 +42,13 @@ ERRORS: list[tuple[JobsError, bool, str]] = [  # an error, whether the same call
     (QueueNotFound("orders"), False, "not_done"),
     (QueueMismatch("orders", {"kind": ("fifo", "stack")}), False, "not_done"),
     (QueueInUse("orders", {"leased": 2, "dead": 1}), False, "not_done"),
+    (UnsafeBackend("maxmemory-policy allkeys-lru"), False, "not_done"),
     (QueueFull("orders", 10), True, "not_done"),
+    (BackendFull("used memory > maxmemory"), True, "not_done"),
     (BackendUnavailable("no broker"), True, "not_done"),
     (BackendUnavailable("no answer", maybe_published=True, job_ids=["a"]), True, "unknown"),
+    (AuthenticationFailed("WRONGPASS"), False, "not_done"),
+    (AuthenticationFailed("NOPERM", maybe_published=True, job_ids=["a"]), False, "unknown"),
     (PublishIncomplete(["a"], {1: QueueFull("orders", 10)}), True, "unknown"),
     (LeaseLost("an-id"), False, "not_done"),
     (JobNotFound("an-id"), False, "not_done"),
@@ -80,6 +87,13 @@ def test_an_error_says_whether_to_call_again_and_what_became_of_the_call(
     assert (error.retryable, error.outcome) == (retryable, outcome)
     assert isinstance(error, JobsError)
     assert str(error)
+
+
+def test_a_refused_login_is_caught_where_an_absent_broker_is_and_is_no_reason_to_try_again() -> None:
+    assert BackendUnavailable("no broker").retryable
+    with pytest.raises(BackendUnavailable) as refused:
+        raise AuthenticationFailed("WRONGPASS")
+    assert not refused.value.retryable
 
 
 def test_an_error_is_not_retryable_unless_it_says_so() -> None:
@@ -137,6 +151,7 @@ def test_a_signal_passes_an_except_for_our_errors(signal: JobSignal) -> None:
             BackendUnavailable("no answer", maybe_published=True, job_ids=["a", "b"]),
             {"maybe_published": True, "job_ids": ("a", "b")},
         ),
+        (AuthenticationFailed("WRONGPASS"), {"maybe_published": False, "job_ids": ()}),
         (LeaseLost("an-id"), {"job_id": "an-id"}),
         (JobNotFound("an-id"), {"job_id": "an-id"}),
         (RunTimeout(1.5), {"timeout": 1.5}),

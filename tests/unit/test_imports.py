@@ -19,22 +19,42 @@ def in_a_fresh_interpreter(code: str, path: Path | None = None) -> str:
     return ended.stdout.strip()
 
 
+LOADED = """
+import sys
+print(*sorted({name.partition(".")[0] for name in sys.modules}
+    & {"redis", "hiredis", "aio_pika", "aiormq", "pamqp", "pytest", "_pytest", "hypothesis"}))
+"""
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "import mindtrace.jobs",
-        "from mindtrace.jobs import *",
+        "from mindtrace.jobs import RedisClient, connect",
         "import mindtrace.jobs as jobs; jobs.Orchestrator(jobs.LocalClient()).declare(jobs.QueueSpec('queue'))",
+        "import mindtrace.jobs as jobs; jobs.Orchestrator.from_url('local://').declare(jobs.QueueSpec('queue'))",
+        "import mindtrace.jobs as jobs; jobs.LocalBackend(); jobs.connect()",
     ],
-    ids=["import", "star", "local queue"],
+    ids=["import", "a client's class", "local queue", "local URL", "local backend"],
 )
 def test_no_driver_and_no_test_tool_is_imported_for_the_local_backend(code: str) -> None:
-    loaded = in_a_fresh_interpreter(
-        f"import sys\n{code}\n"
-        "print(*sorted({name.partition('.')[0] for name in sys.modules}"
-        " & {'redis', 'hiredis', 'aio_pika', 'aiormq', 'pamqp', 'pytest', '_pytest', 'hypothesis'}))"
-    )
-    assert loaded == ""
+    assert in_a_fresh_interpreter(code + LOADED) == ""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mindtrace.jobs as jobs; jobs.RedisBackend",
+        "import mindtrace.jobs as jobs; jobs.RedisClient()",
+        "import mindtrace.jobs as jobs; jobs.connect('redis://')",
+        "import mindtrace.jobs as jobs; jobs.Orchestrator.from_url('rediss://')",
+        "from mindtrace.jobs import *",
+    ],
+    ids=["the class by its name", "client", "URL", "URL of an orchestrator", "star"],
+)
+def test_the_driver_comes_with_the_first_that_names_its_backend_and_no_other_one(code: str) -> None:
+    """A star names them all. None of these connects: there need be no server."""
+    assert in_a_fresh_interpreter(code + LOADED) == "hiredis redis"
 
 
 @pytest.mark.parametrize("name", mindtrace.jobs.__all__)

@@ -1,11 +1,13 @@
 """The proxy breaks a line where it was asked to, and passes everything else on as it came."""
 
 import asyncio
+import gc
 import socket
 import struct
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -601,6 +603,28 @@ async def test_an_error_in_what_is_to_be_done_ends_the_block(redis_url: str) -> 
             proxy.before(1, fail)
             writer.write(command("PING"))
             await asyncio.Event().wait()
+
+
+@pytest.mark.redis
+async def test_who_connects_as_the_block_ends_by_an_error_is_not_left_waiting(redis_url: str) -> None:
+    for turns in range(8):  # of the loop, on the way from the kernel to the broker
+        clients: list[socket.socket] = []
+
+        async def fail(proxy: FaultProxy, turns: int, clients: list[socket.socket]) -> None:
+            clients.append(socket.create_connection((proxy.host, proxy.port)))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            raise LookupError
+
+        with pytest.RaisesGroup(LookupError):
+            async with FaultProxy.to(redis_url) as proxy, connected(proxy) as (_, writer):
+                proxy.before(1, partial(fail, proxy, turns, clients))
+                writer.write(command("PING"))
+                await asyncio.Event().wait()
+        with clients[0] as client, suppress(ConnectionResetError):
+            client.settimeout(1)
+            assert client.recv(1) == b""
+    gc.collect()  # what was not closed complains
 
 
 # --- One way, or both
