@@ -2,10 +2,13 @@
 
 import asyncio
 import itertools
+import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from mindtrace.jobs import Backend, QueueSpec, RedisBackend
 from mindtrace.jobs.backends.local import LocalBackend
@@ -16,19 +19,41 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+README = Path(__file__).parents[2] / "README.md"
 BACKENDS = [
     pytest.param("local", marks=pytest.mark.local),
     pytest.param("redis", marks=[pytest.mark.redis, pytest.mark.uses_broker("redis")]),
 ]
 
 
+@pytest.fixture
+def on_redis(request: pytest.FixtureRequest) -> Iterator[Callable[[], tuple[str, str]]]:
+    """Gives a URL and a namespace that no other test uses, of a user who may do what the README says, and no more."""
+    [recipe] = re.findall(r"ACL SETUSER jobs on '>a-password' '~mtj:\*' ([^`]*)```", README.read_text("utf-8"))
+    rights = recipe.replace("\\", "").replace("'", "").split()
+    url = request.getfixturevalue("redis_url")
+    users: list[str] = []
+    with Redis.from_url(url) as server:
+
+        def made() -> tuple[str, str]:
+            name = f"t{secrets.token_hex(6)}"
+            server.execute_command("ACL", "SETUSER", name, "on", ">secret", f"~{name}:*", *rights)
+            users.append(name)
+            return url.replace("://", f"://{name}:secret@"), name
+
+        yield made
+        if users:
+            server.execute_command("ACL", "DELUSER", *users)
+
+
 @pytest.fixture(params=BACKENDS)
 async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    """Each in turn; on a server in a namespace of the test's own."""
+    """Each in turn."""
     if request.param == "local":
         backend: Backend = LocalBackend()
     else:
-        backend = RedisBackend.from_url(request.getfixturevalue("redis_url"), namespace=f"t{secrets.token_hex(6)}")
+        url, namespace = request.getfixturevalue("on_redis")()
+        backend = RedisBackend.from_url(url, namespace=namespace)
     await backend.open()
     yield backend
     await backend.aclose()

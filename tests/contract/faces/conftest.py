@@ -1,7 +1,6 @@
 """One `jobs` for every test here: both faces of the library on every backend, behind the same awaited calls."""
 
 import asyncio
-import secrets
 import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -178,17 +177,19 @@ FACES = {"awaited": Awaited, "blocking": Blocking}
 class Where:
     """A backend for one test: on a server in a namespace that no other uses."""
 
-    url: str
+    on_redis: Callable[[], tuple[str, str]] | None
 
     def backend(self) -> Backend:
-        return LocalBackend() if self.url == "local://" else RedisBackend.from_url(self.url, namespace=_a_namespace())
+        if self.on_redis is None:
+            return LocalBackend()
+        url, namespace = self.on_redis()
+        return RedisBackend.from_url(url, namespace=namespace)
 
     def client(self) -> Client[Any]:
-        return LocalClient() if self.url == "local://" else RedisClient.from_url(self.url, namespace=_a_namespace())
-
-
-def _a_namespace() -> str:
-    return f"t{secrets.token_hex(6)}"
+        if self.on_redis is None:
+            return LocalClient()
+        url, namespace = self.on_redis()
+        return RedisClient.from_url(url, namespace=namespace)
 
 
 BROKERS = {"local": [], "redis": [pytest.mark.uses_broker("redis")]}
@@ -203,7 +204,7 @@ BROKERS = {"local": [], "redis": [pytest.mark.uses_broker("redis")]}
 )
 def face(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], Any]:
     face, backend = request.param
-    where = Where("local://" if backend == "local" else request.getfixturevalue(f"{backend}_url"))
+    where = Where(None if backend == "local" else request.getfixturevalue(f"on_{backend}"))
     return partial(FACES[face], where)
 
 

@@ -408,10 +408,17 @@ class FaultProxy:
         except (BlockingIOError, ConnectionAbortedError):  # gone again
             return
         client.setblocking(False)
-        self.accepted += 1
-        self._lines.add(line := _Line(client, self._wire()))
-        line.task = self._group.create_task(self._serve(line))
+        line = _Line(client, self._wire())
+        serving = self._serve(line)
+        try:
+            line.task = self._group.create_task(serving)
+        except RuntimeError:  # the block is about to end by an error
+            serving.close()
+            client.close()
+            return
         line.task.add_done_callback(lambda _: self._forget(line))
+        self._lines.add(line)
+        self.accepted += 1
 
     def _forget(self, line: "_Line") -> None:
         self._lines.discard(line)

@@ -228,7 +228,7 @@ class Link:
         if request.done:
             pass  # given up meanwhile
         elif not isinstance(reply, ResponseError):
-            self._useful = True
+            self._useful = self._useful or request.answer is not _ignore
             self._answer(request, reply, None)
         elif isinstance(reply, NoScriptError) and request.fallback is not None:
             request.sent -= 1  # nothing was executed
