@@ -78,6 +78,8 @@ def listens(url: str) -> bool:
         socket.create_connection((str(parts.hostname), parts.port or 0), 1.0).close()
     except ConnectionRefusedError:
         return False
+    except ConnectionResetError:
+        return True  # it died as we came: the next look will find nobody
     return True
 
 

@@ -306,7 +306,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "delay as text": {"delay": "1"},
     "delay as a bool": {"delay": True},
     "at naive": {"at": NAIVE},
-    "at over 366 days ahead": {"at": datetime.now(UTC) + timedelta(days=366, minutes=5)},
+    "at over 366 days ahead": {"at": datetime.now(UTC) + timedelta(days=367)},
     "at as text": {"at": "2030-01-01"},
     "at as a number": {"at": 1900000000},
     "delay and at": {"delay": 1, "at": datetime.now(UTC)},
