@@ -330,7 +330,7 @@ class FaultProxy:
 
     @property
     def connections(self) -> int:
-        """How many are open now: neither end has closed them, nor we."""
+        """How many are open now. In a black hole an end that has closed is not noticed."""
         return sum(not line.over for line in self._lines)
 
     def url(self, url: str) -> str:
