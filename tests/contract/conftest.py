@@ -7,11 +7,13 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+import aiormq
 import pytest
 from redis import Redis
 
-from mindtrace.jobs import Backend, QueueSpec, RedisBackend
+from mindtrace.jobs import Backend, Depth, QueueSpec, RabbitMQBackend, RedisBackend
 from mindtrace.jobs.backends.local import LocalBackend
+from mindtrace.jobs.backends.rabbitmq.topology import LEVELS
 
 
 @pytest.fixture
@@ -23,6 +25,7 @@ README = Path(__file__).parents[2] / "README.md"
 BACKENDS = [
     pytest.param("local", marks=pytest.mark.local),
     pytest.param("redis", marks=[pytest.mark.redis, pytest.mark.uses_broker("redis")]),
+    pytest.param("rabbitmq", marks=[pytest.mark.rabbitmq, pytest.mark.uses_broker("rabbitmq")]),
 ]
 
 
@@ -46,14 +49,60 @@ def on_redis(request: pytest.FixtureRequest) -> Iterator[Callable[[], tuple[str,
             server.execute_command("ACL", "DELUSER", *users)
 
 
+class Recorded:
+    """The queues that a test declares on RabbitMQ, which lists none: deleted after it, or the server fills up."""
+
+    def __init__(self) -> None:
+        self.namespaces: list[str] = []
+        self.queues: set[str] = {"gone"}
+
+
+@pytest.fixture
+def on_rabbitmq(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], tuple[str, str]]]:
+    """Gives a URL and a namespace that no other test uses; what is declared in it is deleted afterwards."""
+    url = request.getfixturevalue("rabbitmq_url")
+    recorded = Recorded()
+    declare = RabbitMQBackend.declare
+
+    async def recording(self: RabbitMQBackend, spec: QueueSpec, *, attach: bool = False) -> None:
+        recorded.queues.add(spec.name)
+        await declare(self, spec, attach=attach)
+
+    monkeypatch.setattr(RabbitMQBackend, "declare", recording)
+
+    def made() -> tuple[str, str]:
+        recorded.namespaces.append(f"t{secrets.token_hex(6)}")
+        return url, recorded.namespaces[-1]
+
+    yield made
+    asyncio.run(_deleted(url, recorded))
+
+
+async def _deleted(url: str, recorded: Recorded) -> None:
+    async with aiormq.connect(url) as connection:
+        channel = await connection.channel()
+        for ns in recorded.namespaces:
+            for name in recorded.queues:
+                await channel.queue_delete(f"{ns}:{name}")
+                await channel.queue_delete(f"{ns}:{name}.dead")
+            for level in range(LEVELS):
+                await channel.queue_delete(f"{ns}:{level}.hold")
+                await channel.exchange_delete(f"{ns}:{level}.hold")
+            for name in ("priority", "due", "gone"):
+                await channel.exchange_delete(f"{ns}:{name}")
+
+
 @pytest.fixture(params=BACKENDS)
 async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
     """Each in turn."""
     if request.param == "local":
         backend: Backend = LocalBackend()
     else:
-        url, namespace = request.getfixturevalue("on_redis")()
-        backend = RedisBackend.from_url(url, namespace=namespace)
+        url, namespace = request.getfixturevalue(f"on_{request.param}")()
+        kind = {"redis": RedisBackend, "rabbitmq": RabbitMQBackend}[request.param]
+        backend = kind.from_url(url, namespace=namespace)
     await backend.open()
     yield backend
     await backend.aclose()
@@ -76,6 +125,17 @@ def new_queue(backend: Backend) -> Callable[..., Awaitable[str]]:
         return spec.name
 
     return declared
+
+
+@pytest.fixture
+def known(backend: Backend) -> Callable[[int, int, int, int], Depth]:
+    """A depth as this backend can know it."""
+
+    def depth(ready: int, scheduled: int, leased: int, dead: int) -> Depth:
+        exact = backend.traits.exact_depth
+        return Depth(ready, scheduled if exact else None, leased if exact else None, dead)
+
+    return depth
 
 
 @pytest.fixture

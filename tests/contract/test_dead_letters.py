@@ -31,6 +31,7 @@ from mindtrace.jobs.wire import Message
 pytestmark = pytest.mark.anyio
 
 NewQueue = Callable[..., Awaitable[str]]
+Known = Callable[[int, int, int, int], Depth]
 
 ALL = DeadFilter()
 
@@ -226,7 +227,7 @@ async def test_a_cursor_of_no_earlier_page_is_refused(backend: Backend, queue: s
 # --- replay -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_replayed_job_starts_anew_under_its_id(backend: Backend, queue: str) -> None:
+async def test_a_replayed_job_starts_anew_under_its_id(backend: Backend, queue: str, known: Known) -> None:
     """Its counters are 0, its number goes on, and what happened before is not forgotten."""
     await backend.publish(queue, [message := a_message(b'"kept"')])
     letters = backend.dead_letters(queue)
@@ -235,7 +236,7 @@ async def test_a_replayed_job_starts_anew_under_its_id(backend: Backend, queue: 
         await receiver.settle([(await take(receiver), Retry(0.0, error=RunError("ValueError", "one")))])
         await receiver.settle([(await take(receiver), Dead("attempts", RunError("ValueError", "two")))])
         assert await letters.replay([message.id]) == 1
-        assert await backend.depth(queue) == Depth(1, 0, 0, 0)
+        assert await backend.depth(queue) == known(1, 0, 0, 0)
         again = await take(receiver)
         assert again.message == message
         assert (again.attempt, again.crashes, again.releases, again.number) == (1, 0, 0, 4)
@@ -271,12 +272,12 @@ async def test_replays_add_up(backend: Backend, queue: str) -> None:
             assert (await letters.get(job_id)).replays == replays
 
 
-async def test_a_replayed_job_can_end_well(backend: Backend, queue: str) -> None:
+async def test_a_replayed_job_can_end_well(backend: Backend, queue: str, known: Known) -> None:
     [job_id] = await dead_jobs(backend, queue, ["rejected"])
     await backend.dead_letters(queue).replay([job_id])
     async with backend.receiver([queue]) as receiver:
         assert await receiver.settle([(await take(receiver), Done())]) == [None]
-    assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+    assert await backend.depth(queue) == known(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -295,14 +296,14 @@ async def test_a_filter_replays_what_it_finds_oldest_first(
     assert [delivery.message.id for delivery in deliveries] == [ids[index] for index in expected]
 
 
-async def test_replaying_an_id_twice_in_one_call_makes_one_job(backend: Backend, queue: str) -> None:
+async def test_replaying_an_id_twice_in_one_call_makes_one_job(backend: Backend, queue: str, known: Known) -> None:
     [job_id] = await dead_jobs(backend, queue, ["rejected"])
     assert await backend.dead_letters(queue).replay([job_id, job_id]) == 1
-    assert await backend.depth(queue) == Depth(1, 0, 0, 0)
+    assert await backend.depth(queue) == known(1, 0, 0, 0)
 
 
 @pytest.mark.parametrize("by_filter", [True, False])
-async def test_two_replays_at_once_make_one_job(backend: Backend, queue: str, by_filter: bool) -> None:
+async def test_two_replays_at_once_make_one_job(backend: Backend, queue: str, by_filter: bool, known: Known) -> None:
     ids = await dead_jobs(backend, queue, 5)
     letters = backend.dead_letters(queue)
     answers = await asyncio.gather(
@@ -311,7 +312,7 @@ async def test_two_replays_at_once_make_one_job(backend: Backend, queue: str, by
     assert all(isinstance(answer, int | JobNotFound) for answer in answers)
     if backend.traits.deduplicates:
         assert sum(answer for answer in answers if isinstance(answer, int)) == 5
-        assert await backend.depth(queue) == Depth(5, 0, 0, 0)
+        assert await backend.depth(queue) == known(5, 0, 0, 0)
 
 
 async def test_a_replay_wakes_who_waits(backend: Backend, queue: str) -> None:
@@ -347,12 +348,14 @@ async def test_a_rate_that_is_none_is_refused(backend: Backend, queue: str, rate
 @pytest.mark.parametrize(
     ("where", "left"), [(ALL, []), (DeadFilter("rejected"), [1]), (DeadFilter("malformed"), [2, 1, 0])]
 )
-async def test_a_filter_purges_what_it_finds(backend: Backend, queue: str, where: DeadFilter, left: list[int]) -> None:
+async def test_a_filter_purges_what_it_finds(
+    backend: Backend, queue: str, where: DeadFilter, left: list[int], known: Known
+) -> None:
     ids = await dead_jobs(backend, queue, ["rejected", "timeout", "rejected"])
     letters = backend.dead_letters(queue)
     assert await letters.purge(where) == 3 - len(left)
     assert await listed(letters) == [ids[index] for index in left]
-    assert await backend.depth(queue) == Depth(0, 0, 0, len(left))
+    assert await backend.depth(queue) == known(0, 0, 0, len(left))
 
 
 async def test_a_purged_job_is_gone_for_good(backend: Backend, queue: str) -> None:
@@ -370,7 +373,7 @@ async def test_a_purged_job_is_gone_for_good(backend: Backend, queue: str) -> No
 
 
 @pytest.mark.parametrize("verb", ["replay", "purge"])
-async def test_an_id_that_is_not_there_changes_nothing(backend: Backend, queue: str, verb: str) -> None:
+async def test_an_id_that_is_not_there_changes_nothing(backend: Backend, queue: str, verb: str, known: Known) -> None:
     ids = await dead_jobs(backend, queue, ["rejected", "rejected"])
     await backend.publish(queue, [living := a_message()])
     letters = backend.dead_letters(queue)
@@ -379,7 +382,7 @@ async def test_an_id_that_is_not_there_changes_nothing(backend: Backend, queue: 
         with pytest.raises(JobNotFound) as raised:
             await call([ids[0], missing, ids[1]])
         assert raised.value.job_id == missing
-    assert await backend.depth(queue) == Depth(1, 0, 0, 2)
+    assert await backend.depth(queue) == known(1, 0, 0, 2)
     assert await call([]) == 0
 
 

@@ -12,6 +12,7 @@ from mindtrace.jobs.wire import Message
 pytestmark = pytest.mark.anyio
 
 NewQueue = Callable[..., Awaitable[str]]
+Known = Callable[[int, int, int, int], Depth]
 
 
 def a_message(**options: object) -> Message:
@@ -56,7 +57,7 @@ async def test_deliveries_of_one_job_are_different_things(backend: Backend, queu
     assert (first.attempt, first.crashes, first.releases, first.number, first.receipt) == said
 
 
-async def test_a_life(backend: Backend, queue: str) -> None:
+async def test_a_life(backend: Backend, queue: str, known: Known) -> None:
     """Scheduled, ready, leased and released, lost, retried, dead, replayed, done: and its id known throughout."""
     message = a_message(delay=0.05)
     seen: list[tuple[int, int, int, int]] = []
@@ -83,6 +84,6 @@ async def test_a_life(backend: Backend, queue: str) -> None:
         assert await letters.replay([message.id]) == 1
         assert await receiver.settle([(await next_of(receiver), Done())]) == [None]
     assert seen == [(1, 0, 0, 1), (1, 0, 1, 2), (2, 1, 1, 3), (3, 1, 1, 4), (1, 0, 0, 5)]
-    assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+    assert await backend.depth(queue) == known(0, 0, 0, 0)
     if backend.traits.deduplicates:
         assert await backend.publish(queue, [message]) == ["duplicate"]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import astuple
 
 import pytest
 
@@ -24,6 +25,7 @@ from mindtrace.jobs.wire import Message
 pytestmark = pytest.mark.anyio
 
 NewQueue = Callable[..., Awaitable[str]]
+Known = Callable[[int, int, int, int], Depth]
 UntilReady = Callable[[str, int], Awaitable[None]]
 
 AFTERWARDS: list[tuple[Settlement, Depth]] = [
@@ -97,7 +99,7 @@ async def test_a_receiver_whose_neighbour_was_woken_first_gets_the_job_when_that
     assert {delivery.message for delivery in deliveries} == {message}
 
 
-async def test_a_receiver_may_get_the_job_of_its_own_lapsed_lease(backend: Backend, queue: str) -> None:
+async def test_a_receiver_may_get_the_job_of_its_own_lapsed_lease(backend: Backend, queue: str, known: Known) -> None:
     await backend.publish(queue, [message := a_message()])
     async with backend.receiver([queue], slots=2, lease=SHORT, keep=False) as receiver:
         first = await take(receiver)
@@ -106,12 +108,12 @@ async def test_a_receiver_may_get_the_job_of_its_own_lapsed_lease(backend: Backe
         lost, done = await receiver.settle([(first, Dead("rejected")), (second, Done())])
     assert isinstance(lost, LeaseLost)
     assert done is None
-    assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+    assert await backend.depth(queue) == known(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("settlement", [settlement for settlement, _ in AFTERWARDS])
 async def test_a_settlement_after_the_job_was_collected_changes_nothing(
-    backend: Backend, queue: str, settlement: Settlement
+    backend: Backend, queue: str, settlement: Settlement, known: Known
 ) -> None:
     await backend.publish(queue, [a_message()])
     async with backend.receiver([queue], lease=SHORT, keep=False) as stalled, backend.receiver([queue]) as healthy:
@@ -121,12 +123,12 @@ async def test_a_settlement_after_the_job_was_collected_changes_nothing(
         assert isinstance(lost, LeaseLost)
         assert await backend.depth(queue) == before
         assert await healthy.settle([(second, Done())]) == [None]
-    assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+    assert await backend.depth(queue) == known(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(("settlement", "afterwards"), AFTERWARDS)
 async def test_a_late_settlement_counts_while_nobody_has_collected_the_job(
-    backend: Backend, queue: str, until_ready: UntilReady, settlement: Settlement, afterwards: Depth
+    backend: Backend, queue: str, until_ready: UntilReady, settlement: Settlement, afterwards: Depth, known: Known
 ) -> None:
     """The receipt is still the last one given: accepting it is safe, and saves a duplicate."""
     await backend.publish(queue, [a_message()])
@@ -136,7 +138,7 @@ async def test_a_late_settlement_counts_while_nobody_has_collected_the_job(
         [outcome] = await late.settle([(delivery, settlement)])
         if backend.traits.lease_clock:
             assert outcome is None
-            assert await backend.depth(queue) == afterwards
+            assert await backend.depth(queue) == known(*astuple(afterwards))
         else:  # the lease is the connection, and with it the job has gone at once
             assert isinstance(outcome, LeaseLost)
 
@@ -306,7 +308,7 @@ async def test_what_was_settled_is_not_told_as_lost(backend: Backend, queue: str
     ("of_the_message", "of_the_receiver", "limit"), [(None, 1, 1), (None, 3, 3), (2, 5, 2), (3, 1, 3)]
 )
 async def test_the_last_crash_a_job_may_have_sends_it_to_the_dead_letters(
-    backend: Backend, queue: str, of_the_message: int | None, of_the_receiver: int, limit: int
+    backend: Backend, queue: str, of_the_message: int | None, of_the_receiver: int, limit: int, known: Known
 ) -> None:
     """Its own limit counts, and where it brought none, that of whoever receives. It is not run once more."""
     await backend.publish(queue, [message := a_message(crash_limit=of_the_message)])
@@ -319,7 +321,7 @@ async def test_the_last_crash_a_job_may_have_sends_it_to_the_dead_letters(
     assert [(d.attempt, d.crashes, d.number) for d in starts] == [(n + 1, n, n + 1) for n in range(limit)]
     record = await letters.get(message.id)
     assert (record.reason, record.attempts, record.crashes, record.number) == ("crash_limit", limit, limit, limit)
-    assert await backend.depth(queue) == Depth(0, 0, 0, 1)
+    assert await backend.depth(queue) == known(0, 0, 0, 1)
 
 
 async def test_five_crashes_are_the_limit_unless_told_otherwise(backend: Backend, queue: str) -> None:

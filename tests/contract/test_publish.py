@@ -30,6 +30,7 @@ from mindtrace.jobs.wire import Message
 pytestmark = pytest.mark.anyio
 
 NewQueue = Callable[..., Awaitable[str]]
+Known = Callable[[int, int, int, int], Depth]
 UntilReady = Callable[[str, int], Awaitable[None]]
 
 
@@ -326,10 +327,10 @@ async def test_a_replay_is_not_refused_by_a_full_queue(backend: Backend, new_que
 
 
 async def test_due_jobs_are_not_refused_by_a_full_queue(
-    backend: Backend, new_queue: NewQueue, until_ready: UntilReady
+    backend: Backend, new_queue: NewQueue, until_ready: UntilReady, known: Known
 ) -> None:
     queue = await new_queue(max_length=2)
     await backend.publish(queue, [delayed := a_message(delay=0.05), now := a_message()])
     await until_ready(queue, 2)
     assert await all_ids(backend, queue) == [now.id, delayed.id]
-    assert await backend.depth(queue) == Depth(2, 0, 0, 0)
+    assert await backend.depth(queue) == known(2, 0, 0, 0)

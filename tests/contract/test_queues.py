@@ -33,6 +33,7 @@ from mindtrace.jobs.wire import Message
 pytestmark = pytest.mark.anyio
 
 NewQueue = Callable[..., Awaitable[str]]
+Known = Callable[[int, int, int, int], Depth]
 UntilReady = Callable[[str, int], Awaitable[None]]
 
 
@@ -181,7 +182,7 @@ async def test_depth_counts_each_state(backend: Backend, queue: str) -> None:
 # --- clean ------------------------------------------------------------------------------------------------------------
 
 
-async def test_clean_cancels_what_waits_and_nothing_else(backend: Backend, queue: str) -> None:
+async def test_clean_cancels_what_waits_and_nothing_else(backend: Backend, queue: str, known: Known) -> None:
     async with backend.receiver([queue], slots=2) as receiver:
         leased = await filled(backend, queue, receiver)
         cleaned = await backend.clean(queue)
@@ -190,7 +191,7 @@ async def test_clean_cancels_what_waits_and_nothing_else(backend: Backend, queue
             assert cleaned == 2  # it cannot reach the held ones
         else:
             assert cleaned == 3
-            assert depth == Depth(0, 0, 1, 1)
+            assert depth == known(0, 0, 1, 1)
         assert (depth.ready, depth.dead) == (0, 1)
         assert await backend.clean(queue) == 0
         assert await receiver.settle([(leased, Done())]) == [None]
@@ -219,7 +220,8 @@ async def test_a_cleaned_queue_takes_new_jobs_in_order(backend: Backend, queue: 
     await backend.publish(queue, messages)
     async with backend.receiver([queue], slots=9) as receiver:
         assert [delivery.message for delivery in await receiver.receive(9)] == messages
-        assert await receiver.receive(1, wait=0.1) == []  # what was scheduled does not come back
+        if backend.traits.exact_depth:  # else it cannot be reached where it waits
+            assert await receiver.receive(1, wait=0.1) == []  # what was scheduled does not come back
 
 
 async def test_clean_makes_room_in_a_full_queue(backend: Backend, new_queue: NewQueue) -> None:
@@ -232,12 +234,12 @@ async def test_clean_makes_room_in_a_full_queue(backend: Backend, new_queue: New
 # --- delete -----------------------------------------------------------------------------------------------------------
 
 
-async def test_delete_takes_what_waits_along(backend: Backend, queue: str) -> None:
+async def test_delete_takes_what_waits_along(backend: Backend, queue: str, known: Known) -> None:
     await backend.publish(queue, [message := a_message(), a_message(delay=300)])
     await backend.delete(queue)
     assert await backend.queues() == []
     await backend.declare(QueueSpec(queue, "priority"))  # another kind, as nothing is left of the first
-    assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+    assert await backend.depth(queue) == known(0, 0, 0, 0)
     assert await backend.publish(queue, [message]) == ["stored"]
 
 
@@ -272,7 +274,7 @@ async def test_one_leased_job_is_enough_to_refuse_a_delete(backend: Backend, que
     await backend.delete(queue)
 
 
-async def test_a_forced_delete_takes_everything_along(backend: Backend, queue: str) -> None:
+async def test_a_forced_delete_takes_everything_along(backend: Backend, queue: str, known: Known) -> None:
     told: asyncio.Queue[Delivery] = asyncio.Queue()
     async with backend.receiver([queue], slots=2, lost=told.put_nowait) as receiver:
         leased = await filled(backend, queue, receiver)
@@ -281,10 +283,10 @@ async def test_a_forced_delete_takes_everything_along(backend: Backend, queue: s
         async with asyncio.timeout(5):
             assert await told.get() == leased
         await backend.declare(QueueSpec(queue))
-        assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+        assert await backend.depth(queue) == known(0, 0, 0, 0)
         [lost] = await receiver.settle([(leased, Release())])
         assert isinstance(lost, LeaseLost)
-        assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+        assert await backend.depth(queue) == known(0, 0, 0, 0)
 
 
 async def test_deleting_one_queue_leaves_the_others(backend: Backend, new_queue: NewQueue) -> None:

@@ -13,6 +13,7 @@ from mindtrace.jobs.wire import Message
 pytestmark = pytest.mark.anyio
 
 NewQueue = Callable[..., Awaitable[str]]
+Known = Callable[[int, int, int, int], Depth]
 
 LONG = 300.0  # a wait that a test does not sit through: it ends by what is tested, within BOUND
 BOUND = 10.0
@@ -95,7 +96,7 @@ async def test_a_receive_of_nothing_ends_with_its_wait(backend: Backend, queue: 
         assert await receiver.receive(1, wait=wait) == []
 
 
-async def test_two_receivers_share_the_jobs_and_none_is_given_twice(backend: Backend, queue: str) -> None:
+async def test_two_receivers_share_the_jobs_and_none_is_given_twice(backend: Backend, queue: str, known: Known) -> None:
     messages = [a_message() for _ in range(60)]
     await backend.publish(queue, messages)
     seen: list[Message] = []
@@ -110,7 +111,7 @@ async def test_two_receivers_share_the_jobs_and_none_is_given_twice(backend: Bac
 
     await asyncio.gather(*(work() for _ in range(4)))
     assert Counter(seen) == Counter(messages)
-    assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+    assert await backend.depth(queue) == known(0, 0, 0, 0)
 
 
 # --- the bell ---------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from mindtrace.jobs.wire import Message
 pytestmark = pytest.mark.anyio
 
 NewQueue = Callable[..., Awaitable[str]]
+Known = Callable[[int, int, int, int], Depth]
 
 SETTLEMENTS: list[Settlement] = [Done(), Retry(0.0), Retry(300.0), Dead("rejected"), Release(), Release(300.0)]
 
@@ -241,7 +242,9 @@ async def test_a_delivery_is_settled_only_by_the_receiver_that_got_it(
         assert await holder.settle([(delivery, Done())]) == [None]
 
 
-async def test_one_call_settles_deliveries_of_several_queues(backend: Backend, new_queue: NewQueue) -> None:
+async def test_one_call_settles_deliveries_of_several_queues(
+    backend: Backend, new_queue: NewQueue, known: Known
+) -> None:
     queues = [await new_queue() for _ in range(3)]
     for queue in queues:
         await backend.publish(queue, [a_message()])
@@ -250,7 +253,7 @@ async def test_one_call_settles_deliveries_of_several_queues(backend: Backend, n
         assert {delivery.queue for delivery in deliveries} == set(queues)
         assert await receiver.settle([(delivery, Done()) for delivery in deliveries]) == [None] * 3
     for queue in queues:
-        assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+        assert await backend.depth(queue) == known(0, 0, 0, 0)
 
 
 # --- settle and receive in one exchange -------------------------------------------------------------------------------
@@ -305,7 +308,7 @@ async def test_the_answer_to_a_settlement_is_not_lost_to_a_missing_queue(backend
 @pytest.mark.parametrize("declared_anew", [False, True])
 @pytest.mark.parametrize("settlement", SETTLEMENTS)
 async def test_a_settlement_brings_nothing_back_to_a_deleted_queue(
-    backend: Backend, queue: str, settlement: Settlement, declared_anew: bool
+    backend: Backend, queue: str, settlement: Settlement, declared_anew: bool, known: Known
 ) -> None:
     await backend.publish(queue, [a_message()])
     async with backend.receiver([queue]) as receiver:
@@ -317,7 +320,7 @@ async def test_a_settlement_brings_nothing_back_to_a_deleted_queue(
     assert isinstance(lost, LeaseLost)
     assert [spec.name for spec in await backend.queues()] == [queue] * declared_anew
     if declared_anew:
-        assert await backend.depth(queue) == Depth(0, 0, 0, 0)
+        assert await backend.depth(queue) == known(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("settlement", SETTLEMENTS)

@@ -35,7 +35,7 @@ from mindtrace.jobs import (
     RetryPolicy,
     Worker,
 )
-from mindtrace.jobs.sync import Client
+from mindtrace.jobs.clients import Client
 from mindtrace.jobs.testing import brokers
 from mindtrace.jobs.wire import HEADERS_LIMIT, PAYLOAD_LIMIT, Envelope, decode, encode
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindtrace.jobs.backend import Backend, Depth, QueueSpec, Receiver, Traits
 from mindtrace.jobs.backends import connect
+from mindtrace.jobs.clients import BackendType, LocalClient, RabbitMQClient, RedisClient
 from mindtrace.jobs.consumer import AsyncConsumer, CurrentJob, current_job
 from mindtrace.jobs.dead_letters import AsyncDeadLetters
 from mindtrace.jobs.delivery import (
@@ -52,20 +53,19 @@ from mindtrace.jobs.job import ExecutionStatus, Job, JobId, JobSchema, job_from_
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.retry import RetryPolicy
 from mindtrace.jobs.sync import (
-    BackendType,
     Consumer,
     ConsumerBackendBase,
     DeadLetters,
-    LocalClient,
     LocalConsumerBackend,
     Orchestrator,
-    RedisClient,
+    RabbitMQConsumerBackend,
     RedisConsumerBackend,
 )
 from mindtrace.jobs.worker import Health, Worker
 
 if TYPE_CHECKING:
     from mindtrace.jobs.backends.local import LocalBackend as LocalBackend
+    from mindtrace.jobs.backends.rabbitmq import RabbitMQBackend as RabbitMQBackend
     from mindtrace.jobs.backends.redis import RedisBackend as RedisBackend
 
 __all__ = [
@@ -121,6 +121,9 @@ __all__ = [
     "QueueNotFound",
     "QueueSpec",
     "Receiver",
+    "RabbitMQBackend",
+    "RabbitMQClient",
+    "RabbitMQConsumerBackend",
     "RedisBackend",
     "RedisClient",
     "RedisConsumerBackend",
@@ -151,6 +154,10 @@ def __getattr__(name: str) -> Any:
         from mindtrace.jobs.backends.local import LocalBackend
 
         return LocalBackend
+    if name == "RabbitMQBackend":
+        from mindtrace.jobs.backends.rabbitmq import RabbitMQBackend
+
+        return RabbitMQBackend
     if name == "RedisBackend":
         from mindtrace.jobs.backends.redis import RedisBackend
 

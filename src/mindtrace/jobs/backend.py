@@ -93,6 +93,7 @@ class Traits:
         keeps_place: `Release` and a lost lease return a job to its old place.
         atomic_batch: of a batch (of up to 500) all that can be stored is stored in one step; in a full queue nothing.
         lookup: jobs can be looked up by id.
+        exact_depth: `depth` knows scheduled and leased jobs too, all at one instant.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Traits:
     keeps_place: bool
     atomic_batch: bool
     lookup: bool
+    exact_depth: bool
 
 
 class Receiver(Protocol):

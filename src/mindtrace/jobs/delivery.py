@@ -19,6 +19,8 @@ DeadReason = Literal[
     "unknown_schema",
     "malformed",
     "too_large",
+    "delivery_limit",
+    "queue_gone",
 ]
 
 NAME_LIMIT = 512

@@ -2,45 +2,32 @@
 
 import asyncio
 import logging
-import os
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from enum import StrEnum
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Final, Generic, Literal, ParamSpec, Self, TypeVar
+from types import MappingProxyType
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
 from mindtrace.jobs.backend import Backend, QueueSpec
-from mindtrace.jobs.backends import LOCAL, address
-from mindtrace.jobs.backends.local import LocalBackend
 from mindtrace.jobs.background import background
+from mindtrace.jobs.clients import BackendType, Client, client_of
 from mindtrace.jobs.consumer import AnyConsumer
 from mindtrace.jobs.dead_letters import AsyncDeadLetters
 from mindtrace.jobs.errors import ConfigError
 from mindtrace.jobs.events import Listener
 from mindtrace.jobs.job import In, JobSchema, Out
 from mindtrace.jobs.orchestrator import AsyncOrchestrator, check_options
-from mindtrace.jobs.retry import is_seconds
+from mindtrace.jobs.retry import is_seconds, is_whole
 from mindtrace.jobs.threads import CallerThread
 from mindtrace.jobs.wire import PAYLOAD_LIMIT
 from mindtrace.jobs.worker import Worker
 
-if TYPE_CHECKING:
-    from mindtrace.jobs.backends.redis import RedisBackend
-
 _log = logging.getLogger(__name__)
 
-B = TypeVar("B", bound=Backend)
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 _AHEAD = 8  # deliveries that `consume` holds beyond the one it runs, while runs are short
-
-
-class BackendType(StrEnum):
-    """Which backend a client speaks to."""
-
-    LOCAL = "local"
-    REDIS = "redis"
 
 
 class _Face:
@@ -63,196 +50,6 @@ def blocking(
         return background.call(lambda: method(twin, *args, **kwargs))
 
     return call
-
-
-class Client(Generic[B]):
-    """A backend for the blocking API: opened on the background loop when it is first used; in a forked child anew."""
-
-    backend_type: ClassVar[BackendType]
-
-    def __init__(self) -> None:
-        self._backend = self._new(None)
-        self._pid = os.getpid()
-        self._is_open = False
-
-    @property
-    def backend(self) -> B:
-        """The async backend, opened on the background loop."""
-        if not self._is_open or self._pid != os.getpid():
-            background.call(self._open)
-        return self._backend
-
-    def declare_queue(
-        self,
-        queue_name: str,
-        *,
-        queue_type: Literal["fifo", "priority", "stack"] | None = None,
-        max_priority: int | None = None,
-        max_length: int | None = None,
-    ) -> None:
-        """Make a queue if there is none.
-
-        Args:
-            queue_name: its name.
-            queue_type: `fifo` unless given; `max_priority` alone means `priority`.
-            max_priority: allows the priorities 0 to this one.
-            max_length: the most ready and scheduled jobs.
-
-        Raises:
-            QueueMismatch: it exists with other properties.
-        """
-        kind = queue_type or ("fifo" if max_priority is None else "priority")
-        spec = QueueSpec(queue_name, kind, max_priority, max_length)
-        backend = self.backend
-        background.call(lambda: backend.declare(spec))
-
-    def consumer_backend(self, queue_name: str, orchestrator: "Orchestrator") -> "ConsumerBackendBase":
-        """What drives a consumer on this backend."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Close the backend; the next call opens it again."""
-        if self._is_open and self._pid == os.getpid():
-            background.call(self._close)
-
-    def _new(self, old: B | None) -> B:
-        """A backend; in a forked child in place of the parent's."""
-        raise NotImplementedError
-
-    async def _close(self) -> None:
-        self._is_open = False
-        background.not_at_exit(self._backend.aclose)
-        await self._backend.aclose()
-
-    async def _open(self) -> None:
-        if self._pid != os.getpid():
-            self._backend, self._pid, self._is_open = self._new(self._backend), os.getpid(), False
-        if not self._is_open:
-            await self._backend.open()  # which several first calls at once share
-        if not self._is_open:
-            background.at_exit(self._backend.aclose)
-            self._is_open = True
-
-
-class LocalClient(Client[LocalBackend]):
-    """The backend in this process, for the blocking API; in a forked child anew, with its queues and no jobs."""
-
-    backend_type: ClassVar[BackendType] = BackendType.LOCAL
-
-    def consumer_backend(self, queue_name: str, orchestrator: "Orchestrator") -> "LocalConsumerBackend":
-        """What drives a consumer on this backend."""
-        return LocalConsumerBackend(queue_name, orchestrator)
-
-    def _new(self, old: LocalBackend | None) -> LocalBackend:
-        return LocalBackend() if old is None else old.without_jobs()
-
-
-class RedisClient(Client["RedisBackend"]):
-    """The backend on a Redis server, for the blocking API. It connects with the first call.
-
-    Args:
-        host: name or address.
-        port: its port.
-        db: number of the database.
-        username: of an ACL user; None for the default one.
-        password: its password.
-        tls: encrypt the connection, and verify the server's certificate.
-        ca_certs: a file of certificates to verify against, in place of the system's.
-        certfile: a client certificate.
-        keyfile: its key.
-        allow_insecure: with TLS, take any certificate; a warning at every start.
-        namespace: what tells applications on one server apart.
-        allow_eviction: use a server that deletes keys when it is full; it may delete jobs.
-        require_durable: refuse a server without an append-only file; else that is a warning.
-        max_stall: seconds that a run on the background loop, one with `async`, may block it until the leases there are
-            left to end, and others run the jobs; None: never.
-
-    Raises:
-        ConfigError: a value is out of its range.
-    """
-
-    backend_type: ClassVar[BackendType] = BackendType.REDIS
-
-    def __init__(
-        self,
-        host: str = "localhost",
-        port: int = 6379,
-        db: int = 0,
-        *,
-        username: str | None = None,
-        password: str | None = None,
-        tls: bool = False,
-        ca_certs: str | None = None,
-        certfile: str | None = None,
-        keyfile: str | None = None,
-        allow_insecure: bool = False,
-        namespace: str = "mtj",
-        allow_eviction: bool = False,
-        require_durable: bool = False,
-        max_stall: float | None = 600.0,
-    ) -> None:
-        from mindtrace.jobs.backends.redis import RedisBackend  # with its driver, which nobody else has to load
-
-        self._set_up(
-            lambda: RedisBackend(
-                host,
-                port,
-                db,
-                username=username,
-                password=password,
-                tls=tls,
-                ca_certs=ca_certs,
-                certfile=certfile,
-                keyfile=keyfile,
-                allow_insecure=allow_insecure,
-                namespace=namespace,
-                allow_eviction=allow_eviction,
-                require_durable=require_durable,
-                max_stall=max_stall,
-            )
-        )
-
-    @classmethod
-    def from_url(
-        cls,
-        url: str,
-        *,
-        namespace: str = "mtj",
-        allow_insecure: bool = False,
-        allow_eviction: bool = False,
-        require_durable: bool = False,
-        max_stall: float | None = 600.0,
-    ) -> Self:
-        """As the constructor, with `redis://[[user]:password@]host[:port][/db]`; `rediss://` for TLS.
-
-        Raises:
-            ConfigError: it is no such URL.
-        """
-        from mindtrace.jobs.backends.redis import RedisBackend
-
-        client = cls.__new__(cls)
-        client._set_up(
-            lambda: RedisBackend.from_url(
-                url,
-                namespace=namespace,
-                allow_insecure=allow_insecure,
-                allow_eviction=allow_eviction,
-                require_durable=require_durable,
-                max_stall=max_stall,
-            )
-        )
-        return client
-
-    def consumer_backend(self, queue_name: str, orchestrator: "Orchestrator") -> "RedisConsumerBackend":
-        """What drives a consumer on this backend."""
-        return RedisConsumerBackend(queue_name, orchestrator)
-
-    def _set_up(self, make: Callable[[], "RedisBackend"]) -> None:
-        self._make = make
-        super().__init__()
-
-    def _new(self, old: "RedisBackend | None") -> "RedisBackend":
-        return self._make()
 
 
 class DeadLetters(_Face):
@@ -314,7 +111,7 @@ class Orchestrator(_Face):
         """As the constructor, with a client that the URL names.
 
         Args:
-            url: `local://`, or `redis://` or `rediss://`; None takes `MINDTRACE_JOBS_URL`, else `local://`.
+            url: `local://`, `redis://` or `rediss://`, `amqp://` or `amqps://`; None takes `MINDTRACE_JOBS_URL`, else `local://`.
             require: see the class.
             payload_limit: see the class.
             listeners: see the class.
@@ -322,9 +119,7 @@ class Orchestrator(_Face):
         Raises:
             ConfigError: no backend of that scheme.
         """
-        url = address(url)
-        client: Client[Any] = LocalClient() if url == LOCAL else RedisClient.from_url(url)
-        return cls(client, require=require, payload_limit=payload_limit, listeners=listeners)
+        return cls(client_of(url), require=require, payload_limit=payload_limit, listeners=listeners)
 
     @property
     def twin(self) -> AsyncOrchestrator:
@@ -368,7 +163,7 @@ class Orchestrator(_Face):
 
     def create_consumer_backend_for_schema(self, schema: JobSchema[Any, Any]) -> "ConsumerBackendBase":
         """What drives a consumer of this schema on this orchestrator's backend."""
-        return self.backend.consumer_backend(schema.queue, self)
+        return _consumer_backend(schema.queue, self)
 
 
 class ConsumerBackendBase:
@@ -383,6 +178,7 @@ class ConsumerBackendBase:
         self.queue_name = queue_name
         self.orchestrator = orchestrator
         self.poll_timeout: float = 1.0
+        self.prefetch_count: int = 1
         self.consumer: AnyConsumer[Any, Any] | None = None
 
     def consume(self, num_messages: int | None = None) -> int:
@@ -399,7 +195,9 @@ class ConsumerBackendBase:
             raise ConfigError("no consumer: use consumer.connect(orchestrator)")
         if num_messages is not None and num_messages < 1:
             return 0
-        consuming = _Consuming(self.orchestrator.twin, self.consumer, num_messages, self.poll_timeout)
+        consuming = _Consuming(
+            self.orchestrator.twin, self.consumer, num_messages, self.poll_timeout, self.prefetch_count
+        )
         try:
             running = background.start(consuming.drive)
             consuming.caller.serve()
@@ -417,11 +215,16 @@ class _Consuming:
     """One call of `consume`: a worker on the background loop, whose runs happen in the thread that called."""
 
     def __init__(
-        self, twin: AsyncOrchestrator, consumer: AnyConsumer[Any, Any], num_messages: int | None, poll_timeout: float
+        self,
+        twin: AsyncOrchestrator,
+        consumer: AnyConsumer[Any, Any],
+        num_messages: int | None,
+        poll_timeout: float,
+        prefetch_count: int,
     ) -> None:
         self.caller = CallerThread()
         self._twin, self._consumer, self._num_messages = twin, consumer, num_messages
-        self._poll_timeout = poll_timeout
+        self._poll_timeout, self._prefetch_count = poll_timeout, prefetch_count
         self._worker: Worker | None = None
         self._ended: asyncio.Event | None = None
 
@@ -438,6 +241,7 @@ class _Consuming:
                 ahead=_AHEAD,
                 max_jobs=self._num_messages,
                 poll_timeout=self._poll_timeout,
+                prefetch=self._prefetch_count,
                 threads=self.caller,
             )
             await self._worker.work()
@@ -483,6 +287,39 @@ class RedisConsumerBackend(ConsumerBackendBase):
         self.poll_timeout: float = poll_timeout
 
 
+class RabbitMQConsumerBackend(ConsumerBackendBase):
+    """Drives a consumer on RabbitMQ.
+
+    Args:
+        queue_name: where the jobs come from.
+        orchestrator: whose queues.
+        prefetch_count: jobs that the server hands over before they are settled: the one that runs, and those that wait
+            behind it. What waits for 5 s is handed back, to the end of the queue.
+
+    Raises:
+        ConfigError: `prefetch_count` is not a whole number from 1 on.
+    """
+
+    def __init__(self, queue_name: str, orchestrator: Orchestrator, prefetch_count: int = 1) -> None:
+        if not is_whole(prefetch_count) or not 1 <= prefetch_count <= 65535:
+            raise ConfigError(f"prefetch_count={prefetch_count!r}: a whole number from 1 to 65535")
+        super().__init__(queue_name, orchestrator)
+        self.prefetch_count: int = prefetch_count
+
+
+_CONSUMER_BACKENDS: Mapping[BackendType, type[ConsumerBackendBase]] = MappingProxyType(
+    {
+        BackendType.LOCAL: LocalConsumerBackend,
+        BackendType.REDIS: RedisConsumerBackend,
+        BackendType.RABBITMQ: RabbitMQConsumerBackend,
+    }
+)
+
+
+def _consumer_backend(queue_name: str, orchestrator: Orchestrator) -> ConsumerBackendBase:
+    return _CONSUMER_BACKENDS[orchestrator.backend.backend_type](queue_name, orchestrator)
+
+
 class Consumer(AnyConsumer[In, Out]):
     """Runs jobs of one kind, blocking. Write `run(self, job_dict: dict) -> dict`, or `handle(self, data: In) -> Out`.
 
@@ -510,7 +347,7 @@ class Consumer(AnyConsumer[In, Out]):
             self.consumer_backend = orchestrator.create_consumer_backend_for_schema(schema)
         else:
             background.call(lambda: twin.backend.declare(QueueSpec(self.job_type_name), attach=True))
-            self.consumer_backend = orchestrator.backend.consumer_backend(self.job_type_name, orchestrator)
+            self.consumer_backend = _consumer_backend(self.job_type_name, orchestrator)
         self.consumer_backend.consumer = self
 
     def consume(self, num_messages: int | None = None) -> int:

@@ -87,6 +87,7 @@ class Worker:
         drain: seconds that runs have to end by themselves once the worker stops.
         cancel_grace: seconds that a cancelled run has to clean up.
         strict: take from the queues in the order of the consumers, in place of fair turns.
+        prefetch: the most that a backend which pushes hands over ahead of what runs, together with it; RabbitMQ does.
         ahead: deliveries to hold beyond `concurrency` while runs take under 10 ms; handed back once one takes 100 ms.
             None are with `ack="early"`, or on a backend that could not put them back in their place.
         max_jobs: stop after so many deliveries.
@@ -114,6 +115,7 @@ class Worker:
         drain: float = 30.0,
         cancel_grace: float = 5.0,
         strict: bool = False,
+        prefetch: int = 1,
         ahead: int = 0,
         max_jobs: int | None = None,
         until_idle: bool = False,
@@ -127,6 +129,8 @@ class Worker:
         for option, value in (("concurrency", concurrency), ("max_jobs", max_jobs)):
             if value is not None and (not is_whole(value) or value < 1):
                 raise ConfigError(f"{option}={value!r}: a whole number from 1 on")
+        if not is_whole(prefetch) or prefetch < 1:
+            raise ConfigError(f"prefetch={prefetch!r}: a whole number from 1 on")
         if not is_whole(ahead) or ahead < 0:
             raise ConfigError(f"ahead={ahead!r}: a whole number from 0 on")
         for option, seconds in (("drain", drain), ("cancel_grace", cancel_grace), ("unknown_ttl", unknown_ttl)):
@@ -167,7 +171,7 @@ class Worker:
         )
         self._receiver: Receiver | None = None
         can_wait = orchestrator.backend.traits.keeps_place and all(consumer.ack != "early" for consumer in consumers)
-        self._ahead = Ahead(ahead if can_wait else 0)
+        self._ahead, self._prefetch = Ahead(ahead if can_wait else 0), prefetch
         self._patience: asyncio.TimerHandle | None = None
         self._taken = 0
         self._stopping: float | None = None  # when the drain is over, on the monotonic clock
@@ -304,7 +308,7 @@ class Worker:
                 return await stack.enter_async_context(
                     self.orchestrator.backend.receiver(
                         self._routes.queues,
-                        slots=self.concurrency + self._ahead.most,
+                        slots=max(self.concurrency + self._ahead.most, self._prefetch),
                         lease=self._lease,
                         crash_limit=self._routes.crash_limit,
                         strict=self._strict,

@@ -17,17 +17,21 @@ from mindtrace.jobs import (
     AsyncOrchestrator,
     Backend,
     Consumer,
+    Depth,
     JobSchema,
     LocalClient,
     Orchestrator,
+    RabbitMQBackend,
+    RabbitMQClient,
     RedisBackend,
     RedisClient,
+    Traits,
     Worker,
 )
 from mindtrace.jobs.backends.local import LocalBackend
 from mindtrace.jobs.background import background
+from mindtrace.jobs.clients import Client
 from mindtrace.jobs.delivery import DeadRecord, Published
-from mindtrace.jobs.sync import Client
 from mindtrace.jobs.wire import Message
 
 
@@ -47,6 +51,10 @@ class Jobs:
     """An orchestrator of either face; every method of it awaited."""
 
     orchestrator: Any
+
+    @property
+    def traits(self) -> Traits:
+        raise NotImplementedError
 
     async def call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         raise NotImplementedError
@@ -121,6 +129,10 @@ class Awaited(Jobs):
     def __init__(self, where: "Where", options: dict[str, Any]) -> None:
         self.orchestrator = AsyncOrchestrator(where.backend(), **options)
 
+    @property
+    def traits(self) -> Traits:
+        return self.orchestrator.backend.traits
+
     async def __aenter__(self) -> "Awaited":
         await self.orchestrator.open()
         return self
@@ -148,6 +160,10 @@ class Blocking(Jobs):
         self.client = where.client()
         self.orchestrator = Orchestrator(self.client, **options)
 
+    @property
+    def traits(self) -> Traits:
+        return self.client.backend.traits
+
     async def __aenter__(self) -> "Blocking":
         await self.queues()  # the first call opens it
         return self
@@ -173,26 +189,34 @@ class Blocking(Jobs):
 FACES = {"awaited": Awaited, "blocking": Blocking}
 
 
+KINDS: dict[str, tuple[Any, Any]] = {
+    "local": (LocalBackend, LocalClient),
+    "redis": (RedisBackend, RedisClient),
+    "rabbitmq": (RabbitMQBackend, RabbitMQClient),
+}
+
+
 @dataclass
 class Where:
     """A backend for one test: on a server in a namespace that no other uses."""
 
-    on_redis: Callable[[], tuple[str, str]] | None
+    kind: str
+    on_server: Callable[[], tuple[str, str]] | None
 
     def backend(self) -> Backend:
-        if self.on_redis is None:
-            return LocalBackend()
-        url, namespace = self.on_redis()
-        return RedisBackend.from_url(url, namespace=namespace)
+        return self._made(KINDS[self.kind][0])
 
     def client(self) -> Client[Any]:
-        if self.on_redis is None:
-            return LocalClient()
-        url, namespace = self.on_redis()
-        return RedisClient.from_url(url, namespace=namespace)
+        return self._made(KINDS[self.kind][1])
+
+    def _made(self, kind: Any) -> Any:
+        if self.on_server is None:
+            return kind()
+        url, namespace = self.on_server()
+        return kind.from_url(url, namespace=namespace)
 
 
-BROKERS = {"local": [], "redis": [pytest.mark.uses_broker("redis")]}
+BROKERS = {"local": [], **{name: [pytest.mark.uses_broker(name)] for name in ("redis", "rabbitmq")}}
 
 
 @pytest.fixture(
@@ -204,7 +228,7 @@ BROKERS = {"local": [], "redis": [pytest.mark.uses_broker("redis")]}
 )
 def face(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], Any]:
     face, backend = request.param
-    where = Where(None if backend == "local" else request.getfixturevalue(f"on_{backend}"))
+    where = Where(backend, None if backend == "local" else request.getfixturevalue(f"on_{backend}"))
     return partial(FACES[face], where)
 
 
@@ -222,6 +246,17 @@ async def open_jobs(face: Callable[[dict[str, Any]], Any]) -> AsyncIterator[Call
 @pytest.fixture
 async def jobs(open_jobs: Callable[..., Awaitable[Jobs]]) -> Jobs:
     return await open_jobs()
+
+
+@pytest.fixture
+def known(jobs: Jobs) -> Callable[[int, int, int, int], Depth]:
+    """A depth as the backend under test can know it."""
+
+    def depth(ready: int, scheduled: int, leased: int, dead: int) -> Depth:
+        exact = jobs.traits.exact_depth
+        return Depth(ready, scheduled if exact else None, leased if exact else None, dead)
+
+    return depth
 
 
 @pytest.fixture

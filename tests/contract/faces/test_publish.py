@@ -32,6 +32,9 @@ pytestmark = pytest.mark.anyio
 ReceiveAll = Callable[[str], Awaitable[list[dict[str, Any]]]]
 
 
+Known = Callable[[int, int, int, int], Depth]
+
+
 class Parcel(BaseModel):
     weight: float
 
@@ -129,11 +132,11 @@ async def test_a_job_of_an_unregistered_schema_is_published_unvalidated(jobs: An
 
 
 @pytest.mark.parametrize("job", [{"weight": 1}, Parcel(weight=1)], ids=["a dict", "a model"])
-async def test_an_input_without_a_registered_schema_is_refused(jobs: Any, job: Any) -> None:
+async def test_an_input_without_a_registered_schema_is_refused(jobs: Any, job: Any, known: Known) -> None:
     await jobs.declare(QueueSpec("parcels"))
     with pytest.raises(ConfigError, match="parcels"):
         await jobs.publish("parcels", job)
-    assert await jobs.depth("parcels") == Depth(0, 0, 0, 0)
+    assert await jobs.depth("parcels") == known(0, 0, 0, 0)
 
 
 async def test_of_several_schemas_in_one_queue_the_models_class_says_which(jobs: Any) -> None:
@@ -154,14 +157,14 @@ INVALID = {"weight": "as-heavy-as-a-secret"}
     [INVALID, {}, a_job("parcels", input_data=INVALID), Anything(value="as-heavy-as-a-secret"), "as-heavy-as-a-secret"],
     ids=["a dict", "an empty dict", "a Job", "another model", "no input at all"],
 )
-async def test_an_input_that_does_not_fit_is_refused_before_anything_is_sent(jobs: Any, bad: Any) -> None:
+async def test_an_input_that_does_not_fit_is_refused_before_anything_is_sent(jobs: Any, bad: Any, known: Known) -> None:
     await jobs.register(JobSchema("parcels", Parcel))
     with pytest.raises(InputInvalid) as refused:
         await jobs.publish("parcels", bad)
     assert (refused.value.schema, refused.value.outcome, refused.value.retryable) == ("parcels", "not_done", False)
     assert refused.value.errors
     assert "secret" not in f"{refused.value} {refused.value.errors}"
-    assert await jobs.depth("parcels") == Depth(0, 0, 0, 0)
+    assert await jobs.depth("parcels") == known(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -170,11 +173,11 @@ async def test_an_input_that_does_not_fit_is_refused_before_anything_is_sent(job
     ids=["NaN", "inf", "-inf inside", "surrogate", "surrogate key", "object", "5,000 digits", "no text", "a circle"],
 )
 @pytest.mark.parametrize("as_model", [True, False], ids=["model", "dict"])
-async def test_an_input_that_json_cannot_carry_is_refused(jobs: Any, value: Any, as_model: bool) -> None:
+async def test_an_input_that_json_cannot_carry_is_refused(jobs: Any, value: Any, as_model: bool, known: Known) -> None:
     await jobs.register(JobSchema("anything", Anything))
     with pytest.raises(InputInvalid):
         await jobs.publish("anything", Anything(value=value) if as_model else {"value": value})
-    assert await jobs.depth("anything") == Depth(0, 0, 0, 0)
+    assert await jobs.depth("anything") == known(0, 0, 0, 0)
 
 
 async def test_inputs_nest_up_to_64_levels(jobs: Any) -> None:
@@ -336,21 +339,23 @@ BAD_IDS = ["", " a", "a b", "-a", ".a", "a" * 129, "a\n", "é", "a/b", "a{b}", 5
 
 
 @pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in BAD_OPTIONS.items()])
-async def test_an_option_out_of_its_range_is_a_value_error_and_stores_nothing(jobs: Any, options: Any) -> None:
+async def test_an_option_out_of_its_range_is_a_value_error_and_stores_nothing(
+    jobs: Any, options: Any, known: Known
+) -> None:
     await jobs.declare(QueueSpec("ranked", "priority"))
     with pytest.raises(ValueError, match=r"delay|at=|priority|timeout|retry|max_attempts|[Hh]eaders"):
         await jobs.publish("ranked", a_job(), **options)
     with pytest.raises(ValueError, match=r"delay|at=|priority|timeout|retry|max_attempts|[Hh]eaders"):
         await jobs.publish_many("ranked", [a_job(), a_job()], **options)
-    assert await jobs.depth("ranked") == Depth(0, 0, 0, 0)
+    assert await jobs.depth("ranked") == known(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("job_id", BAD_IDS, ids=repr)
-async def test_a_job_id_that_is_none_is_a_value_error_and_stores_nothing(jobs: Any, job_id: Any) -> None:
+async def test_a_job_id_that_is_none_is_a_value_error_and_stores_nothing(jobs: Any, job_id: Any, known: Known) -> None:
     await jobs.declare(QueueSpec("parcels"))
     with pytest.raises(ValueError, match="job id"):
         await jobs.publish("parcels", a_job(), job_id=job_id)
-    assert await jobs.depth("parcels") == Depth(0, 0, 0, 0)
+    assert await jobs.depth("parcels") == known(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("job_id", ["a", "0", "A.b_c:d-9", "a" * 128])
@@ -369,7 +374,7 @@ async def test_priority_is_not_an_error_where_it_is_the_default(jobs: Any) -> No
 # --- sizes
 
 
-async def test_the_payload_limit_is_exact(open_jobs: Callable[..., Awaitable[Any]]) -> None:
+async def test_the_payload_limit_is_exact(open_jobs: Callable[..., Awaitable[Any]], known: Known) -> None:
     jobs = await open_jobs(payload_limit=100)
     await jobs.register(JobSchema("anything", Anything))
     fits = {"value": "x" * (100 - len('{"value":""}'))}
@@ -379,7 +384,7 @@ async def test_the_payload_limit_is_exact(open_jobs: Callable[..., Awaitable[Any
     assert (refused.value.what, refused.value.size, refused.value.limit) == ("input", 101, 100)
     assert (refused.value.outcome, refused.value.retryable) == ("not_done", False)
     assert (await jobs.receive_message("anything"))["input_data"] == fits
-    assert await jobs.depth("anything") == Depth(0, 0, 0, 0)
+    assert await jobs.depth("anything") == known(0, 0, 0, 0)
 
 
 async def test_a_payload_is_up_to_one_mebibyte_of_utf8(jobs: Any) -> None:
@@ -536,11 +541,11 @@ async def test_a_batch_may_mix_jobs_models_and_dicts_and_repeat_one(jobs: Any) -
     assert await jobs.count_queue_messages("parcels") == 3
 
 
-async def test_one_bad_input_in_a_batch_and_nothing_is_sent(jobs: Any) -> None:
+async def test_one_bad_input_in_a_batch_and_nothing_is_sent(jobs: Any, known: Known) -> None:
     await jobs.register(JobSchema("parcels", Parcel))
     with pytest.raises(InputInvalid):
         await jobs.publish_many("parcels", [*({"weight": n} for n in range(600)), {"weight": "a lot"}])
-    assert await jobs.depth("parcels") == Depth(0, 0, 0, 0)
+    assert await jobs.depth("parcels") == known(0, 0, 0, 0)
 
 
 async def test_a_batch_that_is_refused_in_part_says_what_is_stored_and_why_the_rest_is_not(jobs: Any) -> None:
@@ -578,7 +583,7 @@ async def test_of_a_long_batch_the_part_before_the_queue_was_full_is_stored(jobs
     assert await jobs.count_queue_messages("small") == 500
 
 
-async def test_a_full_queue_refuses_and_takes_again_once_there_is_room(jobs: Any) -> None:
+async def test_a_full_queue_refuses_and_takes_again_once_there_is_room(jobs: Any, known: Known) -> None:
     await jobs.declare(QueueSpec("small", max_length=2))
     await jobs.publish("small", a_job(id="first"))
     await jobs.publish("small", a_job(), delay=3600)
@@ -589,7 +594,7 @@ async def test_a_full_queue_refuses_and_takes_again_once_there_is_room(jobs: Any
     assert await jobs.publish("small", a_job(id="first")) == "first"  # known: nothing to store, so no lack of room
     await jobs.receive_message("small")
     await jobs.publish("small", a_job())
-    assert await jobs.depth("small") == Depth(1, 1, 0, 0)
+    assert await jobs.depth("small") == known(1, 1, 0, 0)
 
 
 async def test_every_refusal_is_one_of_the_librarys_own_errors(jobs: Any) -> None:

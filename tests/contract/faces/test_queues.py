@@ -1,5 +1,6 @@
 """Declare, count, depth, clean and delete, through both faces."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from mindtrace.jobs import (
 )
 
 pytestmark = pytest.mark.anyio
+
+
+Known = Callable[[int, int, int, int], Depth]
 
 
 def a_job(**fields: Any) -> Job:
@@ -110,7 +114,9 @@ async def test_depth_counts_by_state(jobs: Any, parcels: str, gate: Any) -> None
     assert await jobs.depth(parcels) == Depth(ready=3, scheduled=2, leased=0, dead=1)
 
 
-async def test_clean_cancels_what_waits_and_leaves_what_is_leased_or_dead(jobs: Any, parcels: str, gate: Any) -> None:
+async def test_clean_cancels_what_waits_and_leaves_what_is_leased_or_dead(
+    jobs: Any, parcels: str, gate: Any, known: Known
+) -> None:
     await with_a_dead_job(jobs)
     await jobs.publish_many(parcels, [a_job() for _ in range(4)])
     await jobs.publish(parcels, a_job(), delay=3600)
@@ -119,7 +125,7 @@ async def test_clean_cancels_what_waits_and_leaves_what_is_leased_or_dead(jobs: 
         assert await jobs.clean(parcels) == 4
         assert await jobs.depth(parcels) == Depth(ready=0, scheduled=0, leased=1, dead=1)
         gate.open()
-    assert await jobs.depth(parcels) == Depth(0, 0, 0, 1)
+    assert await jobs.depth(parcels) == known(0, 0, 0, 1)
     assert await jobs.clean(parcels) == 0
 
 
@@ -138,7 +144,7 @@ async def test_a_job_that_was_running_during_a_clean_is_retried_all_the_same(
     assert (await jobs.receive_message(parcels))["id"] == "kept"
 
 
-async def test_a_deleted_queue_is_gone_with_what_waited(jobs: Any, parcels: str) -> None:
+async def test_a_deleted_queue_is_gone_with_what_waited(jobs: Any, parcels: str, known: Known) -> None:
     await jobs.publish(parcels, a_job())
     await jobs.publish(parcels, a_job(), delay=3600)
     await jobs.delete(parcels)
@@ -148,18 +154,18 @@ async def test_a_deleted_queue_is_gone_with_what_waited(jobs: Any, parcels: str)
     with pytest.raises(QueueNotFound):
         await jobs.delete(parcels)
     await jobs.declare(QueueSpec(parcels, "stack"))
-    assert await jobs.depth(parcels) == Depth(0, 0, 0, 0)
+    assert await jobs.depth(parcels) == known(0, 0, 0, 0)
 
 
-async def test_a_queue_with_dead_jobs_is_deleted_by_force_only(jobs: Any, parcels: str) -> None:
+async def test_a_queue_with_dead_jobs_is_deleted_by_force_only(jobs: Any, parcels: str, known: Known) -> None:
     await with_a_dead_job(jobs)
     with pytest.raises(QueueInUse) as refused:
         await jobs.delete(parcels)
     assert (refused.value.queue, refused.value.counts) == (parcels, {"leased": 0, "dead": 1})
-    assert await jobs.depth(parcels) == Depth(0, 0, 0, 1)
+    assert await jobs.depth(parcels) == known(0, 0, 0, 1)
     await jobs.delete(parcels, force=True)
     await jobs.declare(QueueSpec(parcels))
-    assert await jobs.depth(parcels) == Depth(0, 0, 0, 0)
+    assert await jobs.depth(parcels) == known(0, 0, 0, 0)
 
 
 async def test_a_queue_with_a_running_job_is_deleted_by_force_only_and_its_worker_is_told(

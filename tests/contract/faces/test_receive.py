@@ -17,6 +17,9 @@ pytestmark = pytest.mark.anyio
 ReceiveAll = Callable[[str], Awaitable[list[dict[str, Any]]]]
 
 
+Known = Callable[[int, int, int, int], Depth]
+
+
 class Visit(BaseModel):
     day: datetime
     guests: int = 2
@@ -73,12 +76,12 @@ async def test_a_queue_that_is_not_there_is_said_to_be_missing(jobs: Any) -> Non
     assert refused.value.queue == "nowhere"
 
 
-async def test_a_received_job_is_gone(jobs: Any) -> None:
+async def test_a_received_job_is_gone(jobs: Any, known: Known) -> None:
     await jobs.declare(QueueSpec("parcels"))
     await jobs.publish("parcels", a_job())
     assert await jobs.receive_message("parcels")
     assert await jobs.receive_message("parcels") is None
-    assert await jobs.depth("parcels") == Depth(0, 0, 0, 0)
+    assert await jobs.depth("parcels") == known(0, 0, 0, 0)
 
 
 async def test_no_job_is_received_twice_by_many_at_once(jobs: Any) -> None:
@@ -96,14 +99,16 @@ async def test_a_job_that_failed_is_received_as_its_next_attempt(jobs: Any) -> N
     assert (await jobs.receive_message("parcels"))["attempt"] == 2
 
 
-async def test_what_cannot_be_read_goes_to_the_dead_letters_and_the_next_is_given(jobs: Any, malformed: bytes) -> None:
+async def test_what_cannot_be_read_goes_to_the_dead_letters_and_the_next_is_given(
+    jobs: Any, malformed: bytes, known: Known
+) -> None:
     await jobs.declare(QueueSpec("orders"))
     assert await jobs.put("orders", Message("broken", malformed)) == ["stored"]
     await jobs.publish("orders", a_job(id="good"))
     assert (await jobs.receive_message("orders"))["id"] == "good"
     [record] = await jobs.dead("orders")
     assert (record.message.id, record.message.body, record.reason) == ("broken", malformed, "malformed")
-    assert await jobs.depth("orders") == Depth(0, 0, 0, 1)
+    assert await jobs.depth("orders") == known(0, 0, 0, 1)
 
 
 async def test_a_body_above_the_limit_is_dead_as_too_large(jobs: Any) -> None:

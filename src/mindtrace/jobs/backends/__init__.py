@@ -6,14 +6,16 @@ from mindtrace.jobs.backend import Backend
 from mindtrace.jobs.errors import ConfigError
 
 LOCAL = "local://"
+_SCHEMES = ("local", "redis", "rediss", "amqp", "amqps")
 
 
 def connect(url: str | None = None) -> Backend:
     """The backend that the URL names; it is not opened yet.
 
     Args:
-        url: `local://` for the one in this process; `redis://[[user]:password@]host[:port][/db]`, or `rediss://` for
-            the same with TLS; None takes `MINDTRACE_JOBS_URL`, else `local://`.
+        url: `local://` for the one in this process; `redis://[[user]:password@]host[:port][/db]`;
+            `amqp://[user:password@]host[:port][/virtual-host]` for RabbitMQ; `rediss://` and `amqps://` are the same
+            with TLS; None takes `MINDTRACE_JOBS_URL`, else `local://`.
 
     Raises:
         ConfigError: no backend of that scheme, or something in the URL is wrong; the text never shows what may be a
@@ -24,6 +26,10 @@ def connect(url: str | None = None) -> Backend:
         from mindtrace.jobs.backends.local import LocalBackend
 
         return LocalBackend()
+    if url.startswith("amqp"):
+        from mindtrace.jobs.backends.rabbitmq import RabbitMQBackend
+
+        return RabbitMQBackend.from_url(url)
     from mindtrace.jobs.backends.redis import RedisBackend
 
     return RedisBackend.from_url(url)
@@ -37,10 +43,12 @@ def address(url: str | None) -> str:
     """
     url = url or os.environ.get("MINDTRACE_JOBS_URL") or LOCAL
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in ("local", "redis", "rediss"):
+    if not separator or scheme not in _SCHEMES:
         # Without a separator all of it is the "scheme", a password perhaps included.
         shown = f"{scheme[:20]}://" if separator else "a URL without ://"
-        raise ConfigError(f"no backend for {shown} in this version: local://, redis:// and rediss:// are there")
+        raise ConfigError(
+            f"no backend for {shown} in this version: {', '.join(f'{name}://' for name in _SCHEMES)} are there"
+        )
     if scheme == "local" and rest:
         raise ConfigError("local:// takes nothing behind it: it is in this process, and its jobs are in memory")
     return url

@@ -25,10 +25,11 @@ from pydantic import BaseModel
 
 from mindtrace.jobs.backend import Backend
 from mindtrace.jobs.backends import connect
+from mindtrace.jobs.clients import LocalClient
 from mindtrace.jobs.consumer import AnyConsumer, AsyncConsumer
 from mindtrace.jobs.job import Job, JobSchema
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
-from mindtrace.jobs.sync import Consumer, LocalClient, Orchestrator
+from mindtrace.jobs.sync import Consumer, Orchestrator
 from mindtrace.jobs.wire import PAYLOAD_LIMIT
 from mindtrace.jobs.worker import Worker
 

@@ -49,6 +49,7 @@ _TRAITS = Traits(
     keeps_place=True,
     atomic_batch=True,
     lookup=False,
+    exact_depth=True,
 )
 
 

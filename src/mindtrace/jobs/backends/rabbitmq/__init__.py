@@ -1,0 +1,5 @@
+"""The backend on RabbitMQ."""
+
+from mindtrace.jobs.backends.rabbitmq.backend import RabbitMQBackend
+
+__all__ = ["RabbitMQBackend"]

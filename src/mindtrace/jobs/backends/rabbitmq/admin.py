@@ -1,0 +1,201 @@
+"""`Admin`: looks at queues and makes them, on a channel that is thrown away when the server refuses something."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pamqp import commands
+from pamqp.base import Frame
+
+from mindtrace.jobs.backend import QueueSpec
+from mindtrace.jobs.backends.rabbitmq.channels import REPLY_WITHIN, Channel, ChannelClosed
+from mindtrace.jobs.backends.rabbitmq.link import Link
+from mindtrace.jobs.backends.rabbitmq.topology import Topology
+from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_NOT_FOUND, _DIFFERENT = 404, 406
+_PROBES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A queue as the server counts it."""
+
+    messages: int
+    consumers: int
+
+
+class Admin:
+    """Administration over one link. A call that loses its connection is made again on the next: all may be repeated.
+
+    Args:
+        link: whose connection it uses.
+        topology: the names.
+    """
+
+    def __init__(self, link: Link, topology: Topology) -> None:
+        self._link, self._topology = link, topology
+        self._channel: Channel | None = None
+        self._units = 0  # the longest delay for which there are levels
+
+    async def look(self, queue: str) -> Kept | None:
+        """A queue by its name on the server; None if there is none.
+
+        Raises:
+            BackendUnavailable: no answer within 5 s.
+        """
+
+        async def asked(channel: Channel) -> Kept | None:
+            try:
+                reply = await channel.call(commands.Queue.Declare(queue=queue, passive=True))
+            except ChannelClosed as error:
+                if error.code == _NOT_FOUND:
+                    return None
+                raise
+            return Kept(reply.message_count, reply.consumer_count)
+
+        return await self._on_a_channel(asked)
+
+    async def declare(self, spec: QueueSpec) -> None:
+        """Make the queue, its dead letters and its bindings.
+
+        Raises:
+            ChannelClosed: with code 406, it is there and differs.
+            AuthenticationFailed: this user may not.
+            BackendUnavailable: no answer within 5 s.
+        """
+        topology = self._topology
+        queue, dead = topology.queue(spec.name), topology.dead(spec.name)
+        declare, exchange = commands.Queue.Declare, commands.Exchange.Declare
+        calls: list[Frame] = [
+            declare(queue=queue, durable=True, arguments=dict(topology.arguments(spec))),
+            declare(queue=dead, durable=True, arguments=dict(topology.dead_arguments)),
+            exchange(
+                exchange=topology.due_exchange,
+                exchange_type="topic",
+                durable=True,
+                arguments=dict(topology.due_arguments),
+            ),
+            commands.Queue.Bind(
+                queue=queue, exchange=topology.due_exchange, routing_key=topology.due_pattern(spec.name)
+            ),
+        ]
+        if spec.kind == "priority":
+            calls += [
+                exchange(exchange=topology.priority_exchange, exchange_type="direct", durable=True),
+                commands.Queue.Bind(queue=queue, exchange=topology.priority_exchange, routing_key=queue),
+            ]
+        await self._on_a_channel(lambda channel: _all(channel, calls))
+
+    async def spec_of(self, name: str) -> QueueSpec | None:
+        """How a queue that exists was declared, as far as the server's refusals tell; None if it is none of ours.
+
+        Raises:
+            AuthenticationFailed: this user may not declare, so nobody knows.
+            BackendUnavailable: no answer within 5 s.
+        """
+        spec: QueueSpec | None = QueueSpec(name)
+        for _ in range(_PROBES):
+            assert spec is not None  # noqa: S101 (left below)
+            arguments = dict(self._topology.arguments(spec))
+            frame = commands.Queue.Declare(queue=self._topology.queue(name), durable=True, arguments=arguments)
+            try:
+                await self._on_a_channel(lambda channel, frame=frame: channel.call(frame))  # type: ignore[misc]
+            except ChannelClosed as error:
+                if error.code != _DIFFERENT:
+                    raise
+                spec = self._topology.corrected(spec, str(error))
+                if spec is None:
+                    return None
+            else:
+                return spec
+        return None
+
+    async def delete(self, queue: str) -> None:
+        """Delete a queue by its name on the server; nothing happens if there is none."""
+        await self._on_a_channel(lambda channel: channel.call(commands.Queue.Delete(queue=queue)))
+
+    async def purge(self, queue: str) -> int | None:
+        """Forget what is ready in it. How many that were; None if there is no such queue."""
+
+        async def asked(channel: Channel) -> int | None:
+            try:
+                reply = await channel.call(commands.Queue.Purge(queue=queue))
+            except ChannelClosed as error:
+                if error.code == _NOT_FOUND:
+                    return None
+                raise
+            count: int = reply.message_count
+            return count
+
+        return await self._on_a_channel(asked)
+
+    async def make_holds(self, units: int) -> None:
+        """Have the levels that a delay of so many units needs."""
+        if units.bit_length() <= self._units:
+            return
+        topology = self._topology
+        exchange, queue = commands.Exchange.Declare, commands.Queue.Declare
+        calls: list[Frame] = [
+            exchange(exchange=topology.gone_exchange, exchange_type="fanout", durable=True),
+            queue(queue=topology.gone_queue, durable=True, arguments=dict(topology.dead_arguments)),
+            commands.Queue.Bind(queue=topology.gone_queue, exchange=topology.gone_exchange),
+            exchange(
+                exchange=topology.due_exchange,
+                exchange_type="topic",
+                durable=True,
+                arguments=dict(topology.due_arguments),
+            ),
+        ]
+        for hold in topology.holds(units):
+            calls += [
+                queue(queue=hold.name, durable=True, arguments=dict(hold.arguments)),
+                exchange(exchange=hold.name, exchange_type="topic", durable=True),
+                commands.Queue.Bind(queue=hold.name, exchange=hold.name, routing_key=hold.held_pattern),
+                commands.Exchange.Bind(destination=hold.below, source=hold.name, routing_key=hold.passed_pattern),
+            ]
+        await self._on_a_channel(lambda channel: _all(channel, calls))
+        self._units = units.bit_length()
+
+    def forget_holds(self) -> None:
+        """They were not all there: make them again before the next delay."""
+        self._units = 0
+
+    async def channel(self) -> Channel:
+        """Another channel, for whoever reads; closed by its user.
+
+        Raises:
+            BackendUnavailable: no connection within 5 s.
+        """
+        return await (await self._link.connected(REPLY_WITHIN)).channel()
+
+    async def _on_a_channel(self, ask: Callable[[Channel], Awaitable[_T]]) -> _T:
+        deadline = time.monotonic() + REPLY_WITHIN
+        while True:
+            line = await self._link.connected(max(0.0, deadline - time.monotonic()))
+            try:
+                channel = self._channel
+                if channel is None or channel.is_closed:
+                    channel = self._channel = await line.channel()
+                return await ask(channel)
+            except (ChannelClosed, AuthenticationFailed):
+                raise
+            except BackendUnavailable:
+                if not line.lost.done():  # silent: nothing that is asked of it later should wait behind this
+                    if self._channel is not None:
+                        self._channel.begin_close()
+                    raise
+                if time.monotonic() >= deadline:
+                    raise
+
+
+async def _all(channel: Channel, calls: Sequence[Frame]) -> None:
+    """One round trip for all of them; the first refusal is raised."""
+    replies: list[Any] = [channel.begin(call) for call in calls]
+    for reply in replies:
+        await channel.reply(reply)

@@ -1,0 +1,749 @@
+"""`Consuming`: what a receiver does in the keeper's loop. It takes deliveries, holds them, and settles them.
+
+    idle ──exchange without a wait──> gets, which tell for certain whether there was anything ──> idle
+     │                                                                     ^
+     └──exchange with a wait──> consuming: the server pushes up to `slots` ┘ nothing came, or nothing more is wanted
+
+Each on a channel of its own: on one, 3.10.8 ended the whole connection with an internal error when a quorum queue pushed
+to a channel that still held what it had got there.
+
+A delivery is a message that is not acknowledged on its channel. The channel gone, all of its are lost at once. What the
+server hands over a second time was with somebody who ended without settling: it is not run but published again with its
+numbers raised, confirmed, and only then acknowledged; so every server version, and both kinds of queue, count alike.
+"""
+
+import asyncio
+import itertools
+import logging
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pamqp import commands
+
+from mindtrace.jobs.backends.rabbitmq.channels import Channel, Content
+from mindtrace.jobs.backends.rabbitmq.counts import Counts, counts_of, errors_of, headers_of, id_of
+from mindtrace.jobs.backends.rabbitmq.keeper import Post
+from mindtrace.jobs.backends.rabbitmq.line import Line
+from mindtrace.jobs.backends.rabbitmq.outbox import Outcome, Posting
+from mindtrace.jobs.delivery import (
+    Dead,
+    DeadReason,
+    Delivery,
+    Done,
+    Exchanged,
+    Release,
+    Retry,
+    RunError,
+    Settled,
+    Settlement,
+    with_error,
+)
+from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Closed, JobsError, LeaseLost
+from mindtrace.jobs.wire import Message
+
+_log = logging.getLogger(__name__)
+
+Pairs = Sequence[tuple[Delivery, Settlement]]
+
+_CONNECT_WITHIN = 5.0
+_COPY_WITHIN = 10.0
+_LEFT_WITHIN = 1.0  # seconds that what a cancelled caller was to get lies ready for the next call
+_UNFETCHED = 5.0  # seconds after which what was pushed ahead is handed back; a loop may be busy for some of them
+_TICK = 0.25
+_FEW_QUEUES = 4  # of so many the server is told each time to push no more when nothing came
+_GET_AT_MOST = 100  # queues that are asked one by one
+_AGAIN_AFTER = 0.5
+_A_MOMENT = 0.05
+_MICROSECOND = timedelta(microseconds=1)
+_LOOK = 10.0  # seconds between looks whether the user's loop turns
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One exchange."""
+
+    pairs: Pairs
+    limit: int
+    wait: float
+    gone: bool = False  # its caller waits no longer
+
+
+class _Lane:
+    """A channel, and the tags that the server waits for on it, in order."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel: Channel = channel
+        self.unsettled: dict[int, None] = {}
+        self.receipts: str = secrets.token_hex(8)
+
+    def acknowledge(self, tags: list[int]) -> None:
+        """In as few frames as can be: one for all up to the first that is still out, one for each other."""
+        if not tags or self.channel.is_closed:
+            return
+        tags.sort()
+        done = set(tags)
+        prefix = 0
+        for tag in self.unsettled:
+            if tag not in done:
+                break
+            prefix = tag
+        frames: list[Any] = []
+        if prefix > tags[0]:
+            frames.append(commands.Basic.Ack(prefix, True))
+        else:
+            prefix = 0
+        for tag in tags:
+            self.unsettled.pop(tag, None)
+            if tag > prefix:
+                frames.append(commands.Basic.Ack(tag, False))
+        self.channel.send(*frames)
+
+    def give_back(self, tag: int) -> None:
+        """To the queue, marked as handed over before: the next one counts a crash."""
+        if tag in self.unsettled:
+            del self.unsettled[tag]
+            self.channel.send(commands.Basic.Nack(tag, False, True))
+
+
+@dataclass(slots=True)
+class _Held:
+    lane: _Lane
+    tag: int
+    counts: Counts
+    headers: Any
+
+
+class Consuming:
+    """One receiver's deliveries.
+
+    Args:
+        post: connections and administration.
+        queues: in order.
+        slots: the most it holds of each queue.
+        lease: seconds after which a delivery that is not extended goes back; None: never by itself.
+        crash_limit: for messages that bring none.
+        strict: takes in the order of `queues` rather than in turns.
+        max_stall: seconds that the user's loop may stand still until everything goes back; None: for ever.
+        on_lost: told of each delivery that is gone.
+        ask: has a function called by the user's loop.
+    """
+
+    def __init__(
+        self,
+        post: Post,
+        queues: Sequence[str],
+        *,
+        slots: int,
+        lease: float | None,
+        crash_limit: int,
+        strict: bool,
+        max_stall: float | None,
+        on_lost: Callable[[Delivery], None],
+        ask: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self.held: dict[Delivery, _Held] = {}
+        """What was handed over and not settled; changed in the keeper's loop only."""
+        self.nudged: bool = False
+        self.is_waiting: bool = False
+        self._post, self._topology = post, post.topology
+        self._names = tuple(dict.fromkeys(queues))
+        self._slots, self._lease, self._crash_limit, self._strict = slots, lease, crash_limit, strict
+        self._max_stall, self._on_lost, self._ask = max_stall, on_lost, ask
+        self._gets: _Lane | None = None
+        self._pushes: _Lane | None = None
+        self._consumers: dict[str, str] = {}  # tag -> queue, of all that the channel for pushes ever had
+        self._active: set[str] = set()  # tags of those that are not cancelled
+        self._numbers = itertools.count(1)
+        self._ahead: dict[str, deque[Delivery]] = {name: deque() for name in self._names}
+        self._missing: set[str] = set()
+        self._changed: asyncio.Event | None = None
+        self._turn: asyncio.Lock | None = None
+        self._next = 0
+        self._left = False
+        self._ahead_timer: asyncio.TimerHandle | None = None
+        self._fetched_at = 0.0
+        self._releasing: asyncio.Task[None] | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._asked = 0.0
+        self._ended = False
+        self._died = datetime.fromtimestamp(0, UTC)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the server pushes."""
+        return bool(self._active)
+
+    def call(self, pairs: Pairs, limit: int, wait: float) -> Call:
+        """For `exchange`."""
+        return Call(pairs, limit, wait)
+
+    async def exchange(self, call: Call) -> Exchanged:
+        """Settle, then take; waits if there was nothing of either. Raises only if there was nothing to settle."""
+        if self._turn is None:
+            self._turn, self._changed = asyncio.Lock(), asyncio.Event()
+        try:
+            async with self._turn:
+                settled = await self._settle(call.pairs, call.limit) if call.pairs else []
+                if self._ended:
+                    if call.pairs:
+                        return Exchanged(settled, [])
+                    raise Closed("the receiver was left, or its backend closed")
+                try:
+                    deliveries = await self._take(call)
+                except JobsError:
+                    if not call.pairs:
+                        raise
+                    deliveries = []
+                return Exchanged(settled, deliveries, tuple(name for name in self._names if name in self._missing))
+        finally:
+            self.nudged = False
+            self._watch_soon()
+
+    def end_wait(self, call: Call) -> None:
+        """Its caller waits no longer."""
+        call.gone = True
+        self.wake()
+
+    def put_back(self, deliveries: list[Delivery]) -> None:
+        """Their caller was cancelled: the next call has them, or they are handed back within a second."""
+        for delivery in reversed(deliveries):
+            if delivery in self.held:
+                self._ahead[delivery.queue].appendleft(delivery)
+        self._left = True
+        self._fetched_at = time.monotonic()
+        if self._ahead_timer is None:
+            self._ahead_timer = asyncio.get_running_loop().call_later(_TICK, self._look_ahead)
+        self.wake()
+
+    def abandon(self) -> None:
+        """The user's loop is gone: so is all that it held."""
+        for lane in (self._gets, self._pushes):
+            if lane is not None:
+                lane.channel.begin_close()
+
+    def wake(self) -> None:
+        """There may be something to see."""
+        if self._changed is not None:
+            self._changed.set()
+
+    def extend(self, deliveries: Sequence[Delivery]) -> list[Settled]:
+        """Whether they are held; where leases end by time, they begin anew."""
+        answers: list[Settled] = []
+        for delivery in deliveries:
+            if delivery not in self.held:
+                answers.append(LeaseLost(delivery.message.id))
+                continue
+            if self._lease is not None:
+                delivery.deadline = max(delivery.deadline, time.monotonic() + self._lease)
+            answers.append(None)
+        return answers
+
+    def lose_all(self, queue: str) -> None:
+        """The queue is gone: its deliveries are nobody's any more."""
+        if queue in self._ahead:
+            self._missing.add(queue)
+            self._drop_ahead(queue)
+        for delivery in [delivery for delivery in self.held if delivery.queue == queue]:
+            self._lose(delivery)
+        self.wake()
+
+    async def end(self, until: float) -> None:
+        """Hand back all that is held, and close the channel."""
+        self._ended = True
+        self.wake()
+        for timer in (self._watch, self._ahead_timer):
+            if timer is not None:
+                timer.cancel()
+        try:
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                await self._pause()
+                held = list(self.held)
+                await self._settle([(delivery, Release()) for delivery in held], 0, until)
+        except TimeoutError:
+            held = []
+        for delivery in [*held, *self.held]:
+            if not delivery.lost:
+                delivery.lost = True
+                self._on_lost(delivery)
+        self.held.clear()
+        self.abandon()
+
+    # --- settling
+
+    async def _settle(self, pairs: Pairs, limit: int, until: float | None = None) -> list[Settled]:
+        if limit == 0 and self._active:  # before the acknowledgements, which would have the server push more
+            self._cancel_consumers()
+            self._left = True
+        answers: list[Settled] = []
+        acks: list[_Held] = []
+        copies: list[tuple[int, Delivery, _Held, Posting]] = []
+        for delivery, settlement in pairs:
+            held = self.held.pop(delivery, None)
+            if held is None or held.lane.channel.is_closed:
+                answers.append(LeaseLost(delivery.message.id))
+                continue
+            answers.append(None)
+            if isinstance(settlement, Done):
+                acks.append(held)
+            else:
+                copies.append((len(answers) - 1, delivery, held, self._copy(delivery, held, settlement)))
+        self._acknowledge(acks)
+        if copies:
+            deadline = time.monotonic() + _COPY_WITHIN if until is None else until
+            outcomes = await self._store([posting for *_, posting in copies], deadline)
+            stored: list[_Held] = []
+            for (index, delivery, held, _), outcome in zip(copies, outcomes, strict=True):
+                if outcome == "stored":
+                    stored.append(held)
+                    continue
+                if outcome == "unroutable":
+                    answers[index] = LeaseLost(delivery.message.id)
+                elif isinstance(outcome, BackendUnavailable):
+                    answers[index] = outcome
+                else:
+                    answers[index] = BackendUnavailable(f"RabbitMQ did not take the copy: {outcome}")
+                held.lane.give_back(held.tag)
+            self._acknowledge(stored)
+        return answers
+
+    def _copy(self, delivery: Delivery, held: _Held, settlement: Settlement) -> Posting:
+        match settlement:
+            case Retry(delay=delay, error=error):
+                return self._posting(delivery, held, held.counts, delay, error)
+            case Release(delay=delay):
+                return self._posting(delivery, held, held.counts.released(), delay)
+            case Dead(reason=reason, error=error):
+                return self._dead(delivery.queue, delivery.message, held.counts, held.headers, reason, error)
+            case Done():
+                raise AssertionError("a Done has no copy")
+
+    def _posting(
+        self, delivery: Delivery, held: _Held, counts: Counts, delay: float, error: RunError | None = None
+    ) -> Posting:
+        message, queue = delivery.message, delivery.queue
+        errors = with_error(errors_of(held.headers), error)
+        units = self._topology.units(delay)
+        exchange, key = self._topology.delayed(queue, units) if units > 0 else ("", self._topology.queue(queue))
+        return Posting(exchange, key, headers_of(message.id, counts, errors), message.body, message.priority)
+
+    def _dead(
+        self,
+        queue: str,
+        message: Message,
+        counts: Counts,
+        headers: Any,
+        reason: DeadReason,
+        error: RunError | None = None,
+    ) -> Posting:
+        errors = with_error(errors_of(headers), error)
+        self._died = max(datetime.now(UTC), self._died + _MICROSECOND)  # so that those of one moment keep their order
+        died = (self._died, reason)
+        return Posting(
+            "", self._topology.dead(queue), headers_of(message.id, counts, errors, died), message.body, message.priority
+        )
+
+    async def _store(self, postings: Sequence[Posting], deadline: float) -> list[Outcome]:
+        """Have copies stored; those a full queue does not take wait in the shortest hold until there is room."""
+        try:
+            await self._make_holds(postings)
+            outcomes = await self._post.copies.put(postings, deadline)
+            again = [at for at, outcome in enumerate(outcomes) if outcome in ("refused", "unroutable")]
+            if not again:
+                return outcomes
+            self._post.admin.forget_holds()
+            for at in again:
+                if outcomes[at] == "refused" and not postings[at].exchange:
+                    postings[at].exchange, postings[at].key = self._topology.held_shortly(postings[at].key)
+            again = [at for at in again if postings[at].exchange]  # the others: a queue that is gone
+            await self._make_holds([postings[at] for at in again])
+            once_more = await self._post.copies.put([postings[at] for at in again], deadline)
+        except BackendUnavailable as error:
+            return [error for _ in postings]
+        for at, outcome in zip(again, once_more, strict=True):
+            outcomes[at] = outcome
+        return outcomes
+
+    async def _make_holds(self, postings: Sequence[Posting]) -> None:
+        await self._post.admin.make_holds(
+            max((self._topology.units_of(posting.key) for posting in postings), default=0)
+        )
+
+    def _acknowledge(self, acks: Sequence[_Held]) -> None:
+        by_lane: dict[_Lane, list[int]] = {}
+        for held in acks:
+            by_lane.setdefault(held.lane, []).append(held.tag)
+        for lane, tags in by_lane.items():
+            lane.acknowledge(tags)
+
+    # --- taking
+
+    async def _take(self, call: Call) -> list[Delivery]:
+        limit = min(call.limit, self._room())
+        if limit <= 0:
+            if not call.pairs and call.wait > 0:
+                await self._wait(call, time.monotonic() + call.wait, False)
+            return []
+        until = time.monotonic() + call.wait
+        if self._active and call.wait <= 0 and not call.pairs and not self._any_ahead():
+            await self._pause()  # that nothing was pushed yet is no proof that there is nothing
+        if not self._active and len(self._names) <= _GET_AT_MOST and not self._any_ahead():
+            await self._get(limit, max(_CONNECT_WITHIN, call.wait))
+        # Of several queues the server would push ahead as many from each: only while there is nothing to get.
+        if call.wait > 0 and not call.gone and (not self._any_ahead() or (call.pairs and len(self._names) == 1)):
+            await self._consume(call, until)
+        deliveries = self._handed_over(limit)
+        if not deliveries and not call.pairs:
+            if call.wait > 0 and not self._missing and not self.nudged:
+                await self._wait(call, until, True)
+                deliveries = self._handed_over(limit)
+            if not deliveries and self._active and len(self._names) <= _FEW_QUEUES:
+                await self._pause()
+                deliveries = self._handed_over(limit)
+        if self._lease is not None:
+            await self._pause()
+        return deliveries
+
+    def _room(self) -> int:
+        return self._slots - len(self.held) + sum(len(ahead) for ahead in self._ahead.values())
+
+    def _any_ahead(self) -> bool:
+        return any(self._ahead.values())
+
+    def _handed_over(self, limit: int) -> list[Delivery]:
+        """What came ahead: in order of the queues if strict, else in turns."""
+        taken: list[Delivery] = []
+        names = self._names
+        if self._strict or len(names) == 1:
+            for name in names:
+                ahead = self._ahead[name]
+                while ahead and len(taken) < limit:
+                    taken.append(ahead.popleft())
+        else:
+            idle = 0
+            while len(taken) < limit and idle < len(names):
+                ahead = self._ahead[names[self._next]]
+                self._next = (self._next + 1) % len(names)
+                idle = 0 if ahead else idle + 1
+                if ahead:
+                    taken.append(ahead.popleft())
+        self._left = False
+        self._fetched_at = time.monotonic()
+        return taken
+
+    async def _wait(self, call: Call, until: float, takes: bool) -> None:
+        """Until something came, a nudge, the end of the call's time, or the receiver's."""
+        assert self._changed is not None  # noqa: S101 (made by the exchange that waits)
+        try:
+            while True:
+                self.is_waiting = True
+                self._changed.clear()
+                if self.nudged or call.gone or self._ended or (takes and (self._any_ahead() or self._missing)):
+                    break
+                left = until - time.monotonic()
+                if left <= 0:
+                    break
+                try:
+                    async with asyncio.timeout(left):
+                        await self._changed.wait()
+                except TimeoutError:
+                    continue
+                if takes and self._pushes is None and not self._ended:
+                    self.is_waiting = False
+                    await self._consume(call, until)
+        finally:
+            self.is_waiting = False
+        if self._ended and not call.pairs:
+            raise Closed("the receiver was left, or its backend closed")
+
+    async def _get(self, limit: int, within: float) -> None:
+        """Ask each queue for what it has, in turns; what had been with somebody before is counted and asked again."""
+        lane = self._gets
+        if lane is None:
+            lane = self._gets = await self._lane(within)
+        left = dict.fromkeys(self._names, 1)
+        asked_again = 0
+        while (room := limit - sum(len(ahead) for ahead in self._ahead.values())) > 0 and asked_again < 100:
+            open_ = [name for name in self._names if left[name] > 0]
+            if not open_:
+                return
+            if self._strict:
+                shares = {open_[0]: room}
+            else:
+                each, more = divmod(room, len(open_))
+                turned = open_[self._next % len(open_) :] + open_[: self._next % len(open_)]
+                shares = {name: each + (at < more) for at, name in enumerate(turned) if each + (at < more)}
+            crashed: list[asyncio.Future[None]] = []
+            for name, share in shares.items():
+                kept = await self._post.admin.look(self._topology.queue(name))
+                if kept is None:
+                    self.lose_all(name)
+                    left[name] = 0
+                    continue
+                self._missing.discard(name)
+                left[name] = max(0, kept.messages - share)
+                frame = commands.Basic.Get(queue=self._topology.queue(name))
+                replies = [lane.channel.begin(frame) for _ in range(min(share, kept.messages))]
+                for reply in replies:
+                    content = await lane.channel.reply(reply)
+                    if not isinstance(content, Content):
+                        left[name] = 0
+                    elif content.frame.redelivered:
+                        crashed.append(self._count_crash(lane, name, content))
+                        left[name] += 1
+                    else:
+                        self._came(lane, name, content)
+            if crashed:
+                asked_again += 1
+                await asyncio.wait(crashed)
+
+    async def _lane(self, within: float) -> _Lane:
+        """A channel.
+
+        Raises:
+            BackendUnavailable: no connection within so many seconds.
+        """
+        line: Line = await self._post.link.connected(within)
+        channel = await line.channel()
+        if self._ended:
+            channel.begin_close()
+            raise Closed("the receiver was left, or its backend closed")
+        lane = _Lane(channel)
+        channel.gone.add_done_callback(lambda gone: self._on_gone(lane, gone.result()))
+        return lane
+
+    async def _consume(self, call: Call, until: float) -> None:
+        """Have the server push, from all queues that are there."""
+        while not self._ended and not call.gone:
+            if self._pushes is None:
+                lane = self._pushes = await self._lane(max(0.0, until - time.monotonic()))
+                lane.channel.on_content, lane.channel.on_cancel = self._on_content, self._on_cancel
+                self._consumers, self._active = {}, set()
+            channel = self._pushes.channel
+            consumed = {self._consumers[tag] for tag in self._active}
+            wanted = [name for name in self._names if name not in consumed]
+            if not wanted:
+                return
+            try:
+                for name in wanted:
+                    # Consuming from a queue that is not there would close the channel, with all that is held on it.
+                    if await self._post.admin.look(self._topology.queue(name)) is None:
+                        self.lose_all(name)
+                        continue
+                    self._missing.discard(name)
+                    tag = f"{next(self._numbers)}"
+                    self._consumers[tag] = name
+                    self._active.add(tag)
+                    qos = channel.begin(commands.Basic.Qos(prefetch_count=self._slots))
+                    consume = channel.begin(commands.Basic.Consume(queue=self._topology.queue(name), consumer_tag=tag))
+                    await channel.reply(qos)
+                    await channel.reply(consume)
+                return
+            except AuthenticationFailed:
+                raise
+            except BackendUnavailable:
+                if not channel.is_closed:
+                    channel.begin_close()
+                if time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(_A_MOMENT)
+
+    def _cancel_consumers(self) -> "list[asyncio.Future[Any]]":
+        lane, active, self._active = self._pushes, self._active, set()
+        if lane is None:
+            return []
+        return [lane.channel.begin(commands.Basic.Cancel(consumer_tag=tag)) for tag in active]
+
+    async def _pause(self) -> None:
+        """Have the server push no more; what it had pushed has come when this returns."""
+        lane = self._pushes
+        for reply in self._cancel_consumers():
+            assert lane is not None  # noqa: S101 (its replies)
+            with suppress(BackendUnavailable):
+                await lane.channel.reply(reply)
+
+    # --- what comes from the server
+
+    def _on_content(self, content: Content) -> None:
+        lane, queue = self._pushes, self._consumers.get(content.frame.consumer_tag or "")
+        if lane is None or queue is None:
+            return
+        if content.frame.redelivered:
+            self._count_crash(lane, queue, content)
+        else:
+            self._came(lane, queue, content)
+            self.wake()
+
+    def _came(self, lane: _Lane, queue: str, content: Content) -> None:
+        properties, tag = content.properties, content.frame.delivery_tag
+        counts = counts_of(properties.headers).started()
+        message = Message(
+            id_of(properties, content.body),
+            content.body,
+            properties.priority or 0,
+            0.0,
+            None,
+            counts.crash_limit,
+        )
+        deadline = math.inf if self._lease is None else time.monotonic() + self._lease
+        receipt = f"{lane.receipts}:{tag}"
+        delivery = Delivery(
+            queue, message, counts.attempts, counts.crashes, counts.releases, counts.number, receipt, deadline
+        )
+        lane.unsettled[tag] = None
+        self.held[delivery] = _Held(lane, tag, counts, properties.headers)
+        self._ahead[queue].append(delivery)
+        if self._ahead_timer is None:
+            self._fetched_at = time.monotonic()
+            self._ahead_timer = asyncio.get_running_loop().call_later(_TICK, self._look_ahead)
+        if self._lease is not None:
+            asyncio.get_running_loop().call_later(self._lease, self._lapse, delivery)
+
+    def _lapse(self, delivery: Delivery) -> None:
+        """Its time may be over."""
+        held = self.held.get(delivery)
+        if held is None:
+            return
+        left = delivery.deadline - time.monotonic()
+        if left > 0:
+            asyncio.get_running_loop().call_later(left, self._lapse, delivery)
+            return
+        held.lane.give_back(held.tag)
+        if delivery in self._ahead[delivery.queue]:
+            self._ahead[delivery.queue].remove(delivery)
+            del self.held[delivery]
+        else:
+            self._lose(delivery)
+
+    def _count_crash(self, lane: _Lane, queue: str, content: Content) -> "asyncio.Future[None]":
+        """A message that somebody had and did not settle: published again, or dead; done when it is acknowledged."""
+        headers = content.properties.headers
+        counts = counts_of(headers).crashed()
+        message = Message(id_of(content.properties, content.body), content.body, content.properties.priority or 0)
+        limit = self._crash_limit if counts.crash_limit is None else counts.crash_limit
+        if counts.crashes >= limit:
+            _log.error("job %s of queue %s is dead: its runs end without a settlement", message.id, queue)
+            posting = self._dead(queue, message, counts, headers, "crash_limit")
+        else:
+            errors = errors_of(headers)
+            fresh = headers_of(message.id, counts, errors)
+            posting = Posting("", self._topology.queue(queue), fresh, message.body, message.priority)
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        tag = content.frame.delivery_tag
+        lane.unsettled[tag] = None
+        sending = self._post.copies.put([posting], time.monotonic() + _COPY_WITHIN)
+
+        def sent(sending: "asyncio.Future[list[Outcome]]") -> None:
+            [outcome] = sending.result()
+            if outcome == "stored":
+                lane.acknowledge([tag])
+                finish()
+            else:
+                _log.warning("job %s of queue %s could not be counted: %s", message.id, queue, outcome)
+                loop.call_later(_AGAIN_AFTER, give_up)
+
+        def give_up() -> None:
+            lane.give_back(tag)  # it comes again
+            finish()
+
+        def finish() -> None:
+            if not over.done():
+                over.set_result(None)
+            self.wake()
+
+        sending.add_done_callback(sent)
+        return over
+
+    def _on_cancel(self, tag: str) -> None:
+        """The server ended a consumer: its queue was deleted, or has moved, or a run took too long for it."""
+        queue = self._consumers.get(tag)
+        self._active.discard(tag)
+        if queue is None:
+            return
+        _log.warning("RabbitMQ ended the consumer of queue %s: the leases on its jobs are lost", queue)
+        for delivery in [delivery for delivery in self.held if delivery.queue == queue]:
+            self.held[delivery].lane.give_back(self.held[delivery].tag)  # where the queue is there still
+        self._drop_ahead(queue)
+        for delivery in [delivery for delivery in self.held if delivery.queue == queue]:
+            self._lose(delivery)
+        self.wake()
+
+    def _on_gone(self, lane: _Lane, why: JobsError) -> None:
+        if lane is self._gets:
+            self._gets = None
+        elif lane is self._pushes:
+            self._pushes, self._active = None, set()
+        for ahead in self._ahead.values():  # nobody ever saw these, so nobody is told
+            for delivery in [delivery for delivery in ahead if self.held[delivery].lane is lane]:
+                ahead.remove(delivery)
+                delivery.lost = True
+                del self.held[delivery]
+        lost = [delivery for delivery, held in self.held.items() if held.lane is lane]
+        if lost:
+            _log.warning("the leases of %d jobs are lost: %s", len(lost), why)
+        for delivery in lost:
+            self._lose(delivery)
+        self.wake()
+
+    def _drop_ahead(self, queue: str) -> None:
+        """Nobody ever saw them, so nobody is told."""
+        ahead = self._ahead[queue]
+        while ahead:
+            delivery = ahead.popleft()
+            delivery.lost = True
+            self.held.pop(delivery, None)
+
+    def _lose(self, delivery: Delivery) -> None:
+        if self.held.pop(delivery, None) is not None:
+            delivery.lost = True
+            self._on_lost(delivery)
+
+    # --- time
+
+    def _watch_soon(self) -> None:
+        if self._watch is None and not self._ended and self.held and self._max_stall is not None:
+            self._watch = asyncio.get_running_loop().call_later(_LOOK, self._look_after)
+
+    def _look_after(self) -> None:
+        """Let go of everything when the user's loop is dead."""
+        self._watch = None
+        if self._ended or not self.held or self._max_stall is None:
+            return
+        now = time.monotonic()
+        if self._asked and now - self._asked > self._max_stall:
+            _log.error("a loop stands still for %.0f s: its %d jobs go back", now - self._asked, len(self.held))
+            self.abandon()
+            return
+        self._asked = self._asked or now
+        self._ask(self._turned)
+        self._watch_soon()
+
+    def _turned(self) -> None:
+        self._asked = 0.0
+
+    def _look_ahead(self) -> None:
+        """Hand back, uncounted, what was pushed ahead and nobody fetches."""
+        self._ahead_timer = None
+        if self._ended or not self._any_ahead():
+            return
+        patience = _LEFT_WITHIN if self._left or len(self._names) > 1 else _UNFETCHED
+        if time.monotonic() - self._fetched_at < patience:
+            self._ahead_timer = asyncio.get_running_loop().call_later(_TICK, self._look_ahead)
+            return
+        self._cancel_consumers()
+        pairs: list[tuple[Delivery, Settlement]] = []
+        for ahead in self._ahead.values():
+            pairs += [(delivery, Release()) for delivery in ahead]
+            ahead.clear()
+        self._left = False
+        self._releasing = asyncio.get_running_loop().create_task(self._release(pairs))  # the loop keeps no hold of it
+
+    async def _release(self, pairs: Pairs) -> None:
+        await self._settle(pairs, 0)

@@ -1,0 +1,127 @@
+"""`Link`: one connection kept up.
+
+connect --> up --lost, silent--> wait (full jitter) --> connect
+   |                                                       ^
+   +-- refused, no answer ---------------------------------+
+   +-- wrong login --> failed for good
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from random import Random
+
+from mindtrace.jobs.backends.rabbitmq.address import Address
+from mindtrace.jobs.backends.rabbitmq.line import Line, said
+from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Closed
+
+_log = logging.getLogger(__name__)
+
+_LONGEST_PAUSE = 1.5  # between two tries to connect, so that work goes on within 2 s of the server's return
+_USEFUL = 1.0  # seconds for which a line has to hold until a failure after it counts as the first
+
+
+class Link:
+    """A connection under supervision; used from the loop that starts it.
+
+    Args:
+        address: where to.
+        role: what it is for, as the server's list of connections shows it.
+        random: the source of the jitter.
+        on_up: called with each new line.
+    """
+
+    def __init__(
+        self, address: Address, role: str, random: Random, on_up: Callable[[Line], None] | None = None
+    ) -> None:
+        self.address: Address = address
+        self.line: Line | None = None
+        """The one that is up."""
+        self.why: BackendUnavailable | None = None
+        """Of the last failure to connect, or of the last loss."""
+        self._role, self._random, self._on_up = role, random, on_up
+        self._changed = asyncio.Event()
+        self._failed: AuthenticationFailed | None = None
+        self._closing = False
+        self._supervisor: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to connect, from the running loop."""
+        if self._supervisor is None and not self._closing:
+            self._supervisor = asyncio.create_task(self._supervise(), name=f"mindtrace-jobs rabbitmq {self._role}")
+
+    async def connected(self, within: float) -> Line:
+        """The line, once there is one.
+
+        Raises:
+            BackendUnavailable: there was none within so many seconds.
+            AuthenticationFailed: the login is wrong.
+            Closed: the link is closed.
+        """
+        deadline = time.monotonic() + within
+        while self.line is None and self._failed is None and not self._closing:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._changed.wait()
+            except TimeoutError:
+                why = f": {self.why}" if self.why is not None else ""
+                raise BackendUnavailable(f"no RabbitMQ at {self.address} within {within:g} s{why}") from self.why
+        if self._failed is not None:
+            raise self._failed
+        if self.line is None:
+            raise Closed("the connection to RabbitMQ is closed")
+        return self.line
+
+    @property
+    def failed(self) -> AuthenticationFailed | None:
+        """Why nobody tries any more to connect."""
+        return self._failed
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        self._closing = True
+        self._changed.set()
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.cancel()
+            await asyncio.wait({supervisor})
+
+    async def _supervise(self) -> None:
+        failures = 0
+        while True:
+            try:
+                line = await Line.connect(self.address, self._role)
+            except AuthenticationFailed as error:
+                self._failed = error
+                self._changed.set()
+                _log.error("%s", error)
+                return
+            except BackendUnavailable as error:
+                if failures == 0:
+                    _log.warning("%s (%s); trying on", error, self._role)
+                self.why = error
+            else:
+                since = time.monotonic()
+                await self._use(line)
+                if time.monotonic() - since > _USEFUL:
+                    failures = 0
+            failures += 1
+            # All of those who lost the same server come back at different moments.
+            await asyncio.sleep(self._random.uniform(0.0, min(_LONGEST_PAUSE, 0.1 * 2 ** min(failures, 10))))
+
+    async def _use(self, line: Line) -> None:
+        """Until it is lost."""
+        self.line, self.why = line, None
+        self._changed.set()
+        try:
+            if self._on_up is not None:
+                self._on_up(line)
+            await asyncio.wait({line.lost})
+            why = line.lost.result()
+        finally:
+            self.line = None
+            await line.aclose()
+        self.why = BackendUnavailable(f"lost RabbitMQ at {self.address}: {said(why)}")
+        _log.warning("%s (%s); connecting again", self.why, self._role)

@@ -1,0 +1,184 @@
+"""Every queue and exchange on RabbitMQ, its arguments, and the way a job takes through them.
+
+                       default exchange ──────────────> <ns>:<queue>          quorum (fifo) or classic (priority)
+    publish, copies ──┬ <ns>:priority, direct ────────> <ns>:<queue>          only priority queues are bound
+                      └ <ns>:<n>.hold, topic: delays      │  │
+                                                          │  └ the broker's own limit ─> <ns>:<queue>.dead    quorum
+                                                          └ a worker, who copies it there ─^
+
+    <ns>:28.hold ──1──> <ns>:28.hold, a quorum queue: its messages expire after unit * 2^28, and go on to
+         │ 0              the exchange below
+         v
+        ...
+    <ns>:0.hold ──1──> <ns>:0.hold: expire after the unit, 0.1 s
+         │ 0
+         v
+    <ns>:due, topic ──> <ns>:<queue>
+         └ of a queue that is gone ──> <ns>:gone ──> <ns>:gone.dead
+
+The routing key of a delayed job is its delay in units as 29 binary digits, then the queue's name: `0.0. ... .1.0.1.name`.
+The exchange of level n looks at digit n: 1 is held there, 0 goes one level down. It is published to the exchange of its
+highest 1. Levels come into being when a delay first needs them, the lowest first: at most 29 queues in a namespace,
+whatever the delays. 366 days are 29 levels; the longest key has 58 + 128 of the 255 bytes that AMQP allows.
+
+The arguments are the same on every version of the server and whatever the options of a worker: a queue that exists with
+others is refused with 406, for ever. What can change lives in this library: attempts, crash limits, timeouts.
+
+* Quorum queues dead-letter at least once, which asks for `overflow=reject-publish`, so nothing is ever dropped.
+* `x-delivery-limit` is a back-stop far above any crash limit: 4.0 and later have 20 where nothing is said.
+* `x-max-length` of a queue with a `max_length` of n is 2n + 1000. Quorum queues check it late (3.10 stored 50 of 50
+  messages sent at once with a limit of 10), and it would hold up retries and due jobs too. So publishes are counted
+  here, and the broker's limit stops publishers that do not; it also carries n to processes that did not declare it.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mindtrace.jobs.backend import QueueSpec
+
+DEFAULT_NAMESPACE = "mtj"
+UNIT = 0.1
+"""Seconds to which delays are rounded up."""
+LEVELS = 29
+PRIORITY_LEVELS = 10
+"""Of a priority queue that names none: each level costs the broker a queue of its own."""
+MOST_PRIORITY_LEVELS = 255
+GONE = "gone"
+"""The name under which the dead letters of queues that are gone are found."""
+
+Arguments = Mapping[str, Any]
+
+_DELIVERY_LIMIT = 100
+_NO_LIMIT = 2**31 - 1
+_NEVER_DROPS = {"x-queue-type": "quorum", "x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+_DEAD_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}
+_DELAYED = re.compile(r"(?:[01]\.){%d}" % LEVELS)
+_DIFFERENCE = re.compile(
+    r"inequivalent arg '([\w-]+)' for queue '.*?' in vhost '.*?': received .*? but current is "
+    r"(?:the value '([^']*)' of type '\w+'|'([^']*)'|(none))",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One level of the ladder: an exchange and, with the same name, a queue."""
+
+    name: str
+    arguments: Arguments
+    held_pattern: str
+    passed_pattern: str
+    below: str
+
+
+class Topology:
+    """The names and arguments of one namespace.
+
+    Args:
+        namespace: what tells applications in one virtual host apart.
+        unit: seconds of the shortest hold.
+    """
+
+    def __init__(self, namespace: str, unit: float = UNIT) -> None:
+        self.namespace: str = namespace
+        self.unit: float = unit
+        self.priority_exchange: str = f"{namespace}:priority"
+        self.due_exchange: str = f"{namespace}:due"
+        self.gone_exchange: str = f"{namespace}:{GONE}"
+        self.gone_queue: str = self.dead(GONE)
+        self.due_arguments: Arguments = {"alternate-exchange": self.gone_exchange}
+
+    def queue(self, name: str) -> str:
+        """Where its jobs wait."""
+        return f"{self.namespace}:{name}"
+
+    def dead(self, name: str) -> str:
+        """Where its dead letters lie."""
+        return f"{self.namespace}:{name}.dead"
+
+    def arguments(self, spec: QueueSpec) -> Arguments:
+        """What it is declared with."""
+        common: dict[str, Any] = {
+            "x-dead-letter-exchange": "",
+            "x-dead-letter-routing-key": self.dead(spec.name),
+            "x-overflow": "reject-publish",
+        }
+        if spec.max_length is not None:
+            common["x-max-length"] = 2 * spec.max_length + 1000
+        if spec.kind == "priority":
+            return {**common, "x-max-priority": spec.priority_levels or PRIORITY_LEVELS}
+        return {**common, **_NEVER_DROPS, "x-delivery-limit": _DELIVERY_LIMIT}
+
+    @property
+    def dead_arguments(self) -> Arguments:
+        """Of all queues of dead letters. Looking counts as a delivery, so their limit is as good as none."""
+        return _DEAD_ARGUMENTS
+
+    def due_pattern(self, name: str) -> str:
+        """Binds a queue to what is due for it, and to nothing of a queue whose name ends in the same words."""
+        return "*." * LEVELS + name
+
+    def units(self, delay: float) -> int:
+        """A delay in units, rounded up."""
+        return math.ceil(round(delay / self.unit, 6))
+
+    def delayed(self, name: str, units: int) -> tuple[str, str]:
+        """The exchange and the routing key of a delay of 1 unit or more."""
+        digits = ".".join(f"{units:0{LEVELS}b}")
+        return self._hold(units.bit_length() - 1), f"{digits}.{name}"
+
+    def held_shortly(self, queue: str) -> tuple[str, str]:
+        """The exchange and the routing key that bring a message back to a queue, named as on the server, after a unit."""
+        return self.delayed(queue.removeprefix(f"{self.namespace}:"), 1)
+
+    def units_of(self, key: str) -> int:
+        """The delay that a routing key asks for; 0 if it is none of a delay."""
+        found = _DELAYED.match(key)
+        return 0 if found is None else int(found[0].replace(".", ""), 2)
+
+    def holds(self, units: int) -> Iterator[Hold]:
+        """The levels that a delay of so many units needs, the lowest first."""
+        for level in range(units.bit_length()):
+            below = self._hold(level - 1) if level else self.due_exchange
+            before = "*." * (LEVELS - 1 - level)
+            arguments = {
+                **_NEVER_DROPS,
+                "x-dead-letter-exchange": below,
+                "x-message-ttl": math.ceil(round(self.unit * 2**level * 1000, 6)),
+                "x-delivery-limit": _NO_LIMIT,
+            }
+            yield Hold(self._hold(level), arguments, f"{before}1.#", f"{before}0.#", below)
+
+    def corrected(self, spec: QueueSpec, refusal: str) -> QueueSpec | None:
+        """`spec` with what the broker's refusal of it says is different; None if it is no queue of ours."""
+        found = _DIFFERENCE.search(refusal)
+        if found is None:
+            return None
+        argument, value = found[1], next((text for text in found.groups()[1:3] if text is not None), None)
+        number = int(value) if value is not None and value.isascii() and value.isdigit() else None
+        match argument:
+            case "x-max-length":
+                if number is None:
+                    return _with(spec, max_length=None)
+                length, rest = divmod(number - 1000, 2)
+                return None if rest or length < 1 else _with(spec, max_length=length)
+            case "x-max-priority" | "x-queue-type" | "x-delivery-limit" | "x-dead-letter-strategy":
+                if argument == "x-max-priority" and number is not None:
+                    levels = None if number == PRIORITY_LEVELS else number
+                    return _with(spec, kind="priority", priority_levels=levels)
+                if spec.kind == "priority" and (argument == "x-max-priority" or value == "quorum"):
+                    return _with(spec, kind="fifo", priority_levels=None)
+                if spec.kind != "priority" and (argument != "x-queue-type" or value == "classic"):
+                    return _with(spec, kind="priority", priority_levels=None)
+        return None
+
+    def _hold(self, level: int) -> str:
+        return f"{self.namespace}:{level}.hold"
+
+
+def _with(spec: QueueSpec, **changes: Any) -> QueueSpec:
+    properties = {"kind": spec.kind, "priority_levels": spec.priority_levels, "max_length": spec.max_length, **changes}
+    return QueueSpec(spec.name, **properties)
