@@ -105,7 +105,7 @@ class Admin:
             arguments = dict(self._topology.arguments(spec))
             frame = commands.Queue.Declare(queue=self._topology.queue(name), durable=True, arguments=arguments)
             try:
-                await self._on_a_channel(lambda channel, frame=frame: channel.call(frame))  # type: ignore[misc]
+                await self._on_a_channel(_Asked(frame))
             except ChannelClosed as error:
                 if error.code != _DIFFERENT:
                     raise
@@ -118,7 +118,7 @@ class Admin:
 
     async def delete(self, queue: str) -> None:
         """Delete a queue by its name on the server; nothing happens if there is none."""
-        await self._on_a_channel(lambda channel: channel.call(commands.Queue.Delete(queue=queue)))
+        await self._on_a_channel(_Asked(commands.Queue.Delete(queue=queue)))
 
     async def purge(self, queue: str) -> int | None:
         """Forget what is ready in it. How many that were; None if there is no such queue."""
@@ -192,6 +192,16 @@ class Admin:
                     raise
                 if time.monotonic() >= deadline:
                     raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One call."""
+
+    frame: Frame
+
+    async def __call__(self, channel: Channel) -> Any:
+        return await channel.call(self.frame)
 
 
 async def _all(channel: Channel, calls: Sequence[Frame]) -> None:

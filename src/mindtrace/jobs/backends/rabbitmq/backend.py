@@ -31,7 +31,6 @@ from mindtrace.jobs.backends.rabbitmq.topology import (
     DEFAULT_NAMESPACE,
     MOST_PRIORITY_LEVELS,
     PRIORITY_LEVELS,
-    UNIT,
     Topology,
 )
 from mindtrace.jobs.delivery import Delivery, Published
@@ -94,7 +93,7 @@ class RabbitMQBackend(Backend):
         host: str = "localhost",
         port: int | None = None,
         username: str = "guest",
-        password: str = "guest",
+        password: str = "guest",  # noqa: S107 (what every RabbitMQ has for its own machine)
         *,
         virtual_host: str = "/",
         tls: bool = False,
@@ -136,7 +135,7 @@ class RabbitMQBackend(Backend):
         if max_stall is not None and not (is_seconds(max_stall) and max_stall > 0):
             raise ConfigError(f"max_stall={max_stall!r}: seconds above 0, or None")
         self._max_stall = max_stall
-        self._address, self._topology = address, Topology(checked_namespace(namespace), _unit)
+        self._address, self._topology = address, Topology(checked_namespace(namespace))
         self._home = Home("RabbitMQ backend")
         self._random = Random()  # noqa: S311 (jitter, not secrets)
         self._opening: asyncio.Task[None] | None = None
@@ -391,9 +390,6 @@ class _Open:
         if leaving:
             await asyncio.wait(leaving)
         await asyncio.gather(self.keeper.aclose(), self.outbox.aclose(), self._link.aclose())
-
-
-_unit = UNIT
 
 
 def _check_version(version: str) -> None:

@@ -6,24 +6,27 @@ waited is told.
 """
 
 import asyncio
+import logging
 import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pamqp import commands
 from pamqp.base import Frame
-from pamqp.body import ContentBody
-from pamqp.frame import marshal
+from pamqp.frame import marshal, unmarshal
 from pamqp.header import ContentHeader
 
 from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, JobsError
 
+_log = logging.getLogger(__name__)
+
 REPLY_WITHIN = 5.0
 """Seconds that the server may take for a call."""
 _FRAME_HEAD = struct.Struct(">BHI")
-_BODY_FRAME = 3
+_BODY_SIZE = struct.Struct(">IQ")
+_HEADER_FRAME, _BODY_FRAME = 2, 3
 _FRAME_END = b"\xce"
 _FRAME_EXTRA = 8
 
@@ -64,7 +67,6 @@ class Channel:
     ) -> None:
         self.number: int = number
         self.frame_max: int = frame_max
-        self.frames: Channel = self  # where the driver puts what it reads
         self.gone: asyncio.Future[JobsError] = asyncio.get_running_loop().create_future()
         self.on_content: Callable[[Content], None] = _ignore
         self.on_cancel: Callable[[str], None] = _ignore
@@ -166,18 +168,22 @@ class Channel:
 
     # --- what comes in
 
-    async def put(self, item: tuple[int, Any]) -> None:
-        """A frame, from the driver, which takes us for one of its channels."""
-        frame = item[1]
-        if self._missing and type(frame) is ContentBody:
-            self._on_body(frame.value)
-            return
-        kind = type(frame)
-        if kind is ContentHeader:
-            self._header, self._missing = frame, frame.body_size
+    def receive(self, kind: int, data: bytes) -> None:
+        """A frame, whole."""
+        if kind == _BODY_FRAME:
+            if self._missing:
+                self._on_body(data[_FRAME_HEAD.size : -1])
+        elif kind == _HEADER_FRAME:
+            self._header = header = _header_of(data)
+            self._missing = header.body_size
             if not self._missing:
                 self._on_whole(b"")
-        elif kind is commands.Basic.Ack:
+        else:
+            self._on_method(unmarshal(data)[2])
+
+    def _on_method(self, frame: Any) -> None:
+        kind = cast("type[object]", type(frame))
+        if kind is commands.Basic.Ack:
             self.on_confirm(frame.delivery_tag, frame.multiple, True)
         elif kind is commands.Basic.Nack:
             self.on_confirm(frame.delivery_tag, frame.multiple, False)
@@ -221,6 +227,20 @@ class Channel:
         call = self._calls.popleft()
         if not call.done():
             call.set_result(reply)
+
+
+def _header_of(data: bytes) -> ContentHeader:
+    """What stands before a body. Of one that cannot be decoded the properties are left out: anybody may send that."""
+    try:
+        header = unmarshal(data)[2]
+        if isinstance(header, ContentHeader):
+            return header
+    except (
+        Exception
+    ) as error:  # text that is none, times out of range, tables without a bottom: the codec says many things
+        _log.warning("the properties of a message cannot be read: %s", type(error).__name__)
+    _, body_size = _BODY_SIZE.unpack_from(data, _FRAME_HEAD.size)
+    return ContentHeader(0, body_size, commands.Basic.Properties())
 
 
 def _refusal(code: int, text: str) -> JobsError:

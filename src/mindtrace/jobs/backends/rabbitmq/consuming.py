@@ -4,8 +4,8 @@
      │                                                                     ^
      └──exchange with a wait──> consuming: the server pushes up to `slots` ┘ nothing came, or nothing more is wanted
 
-Each on a channel of its own: on one, 3.10.8 ended the whole connection with an internal error when a quorum queue pushed
-to a channel that still held what it had got there.
+Each on a channel of its own: 3.10.8 ended the whole connection with an internal error when a quorum queue pushed to a
+channel that still held what it had got there.
 
 A delivery is a message that is not acknowledged on its channel. The channel gone, all of its are lost at once. What the
 server hands over a second time was with somebody who ended without settling: it is not run but published again with its
@@ -18,9 +18,8 @@ import logging
 import math
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -114,6 +113,7 @@ class _Lane:
 
 @dataclass(slots=True)
 class _Held:
+    queue: str
     lane: _Lane
     tag: int
     counts: Counts
@@ -265,6 +265,8 @@ class Consuming:
             async with asyncio.timeout(max(0.0, until - time.monotonic())):
                 await self._pause()
                 held = list(self.held)
+                for ahead in self._ahead.values():
+                    ahead.clear()
                 await self._settle([(delivery, Release()) for delivery in held], 0, until)
         except TimeoutError:
             held = []
@@ -279,7 +281,7 @@ class Consuming:
 
     async def _settle(self, pairs: Pairs, limit: int, until: float | None = None) -> list[Settled]:
         if limit == 0 and self._active:  # before the acknowledgements, which would have the server push more
-            self._cancel_consumers()
+            await self._pause()
             self._left = True
         answers: list[Settled] = []
         acks: list[_Held] = []
@@ -309,7 +311,7 @@ class Consuming:
                     answers[index] = outcome
                 else:
                     answers[index] = BackendUnavailable(f"RabbitMQ did not take the copy: {outcome}")
-                held.lane.give_back(held.tag)
+                self._give_back(delivery.message, held)
             self._acknowledge(stored)
         return answers
 
@@ -350,30 +352,29 @@ class Consuming:
         )
 
     async def _store(self, postings: Sequence[Posting], deadline: float) -> list[Outcome]:
-        """Have copies stored; those a full queue does not take wait in the shortest hold until there is room."""
+        """Have copies stored; once more those that found a level of the ladder missing."""
         try:
             await self._make_holds(postings)
             outcomes = await self._post.copies.put(postings, deadline)
-            again = [at for at, outcome in enumerate(outcomes) if outcome in ("refused", "unroutable")]
-            if not again:
-                return outcomes
-            self._post.admin.forget_holds()
-            for at in again:
-                if outcomes[at] == "refused" and not postings[at].exchange:
-                    postings[at].exchange, postings[at].key = self._topology.held_shortly(postings[at].key)
-            again = [at for at in again if postings[at].exchange]  # the others: a queue that is gone
-            await self._make_holds([postings[at] for at in again])
-            once_more = await self._post.copies.put([postings[at] for at in again], deadline)
+            again = [at for at, outcome in enumerate(outcomes) if outcome == "unroutable" and postings[at].exchange]
+            if again:
+                self._post.admin.forget_holds()
+                await self._make_holds([postings[at] for at in again])
+                once_more = await self._post.copies.put([postings[at] for at in again], deadline)
+                for at, outcome in zip(again, once_more, strict=True):
+                    outcomes[at] = outcome
         except BackendUnavailable as error:
             return [error for _ in postings]
-        for at, outcome in zip(again, once_more, strict=True):
-            outcomes[at] = outcome
         return outcomes
 
     async def _make_holds(self, postings: Sequence[Posting]) -> None:
         await self._post.admin.make_holds(
             max((self._topology.units_of(posting.key) for posting in postings), default=0)
         )
+
+    def _give_back(self, message: Message, held: _Held) -> None:
+        self._post.remember(message.id)
+        held.lane.give_back(held.tag)
 
     def _acknowledge(self, acks: Sequence[_Held]) -> None:
         by_lane: dict[_Lane, list[int]] = {}
@@ -464,9 +465,7 @@ class Consuming:
 
     async def _get(self, limit: int, within: float) -> None:
         """Ask each queue for what it has, in turns; what had been with somebody before is counted and asked again."""
-        lane = self._gets
-        if lane is None:
-            lane = self._gets = await self._lane(within)
+        lane = await self._gets_lane(within)
         left = dict.fromkeys(self._names, 1)
         asked_again = 0
         while (room := limit - sum(len(ahead) for ahead in self._ahead.values())) > 0 and asked_again < 100:
@@ -518,6 +517,11 @@ class Consuming:
         channel.gone.add_done_callback(lambda gone: self._on_gone(lane, gone.result()))
         return lane
 
+    async def _gets_lane(self, within: float) -> _Lane:
+        if self._gets is None:
+            self._gets = await self._lane(within)
+        return self._gets
+
     async def _consume(self, call: Call, until: float) -> None:
         """Have the server push, from all queues that are there."""
         while not self._ended and not call.gone:
@@ -554,19 +558,41 @@ class Consuming:
                     raise
                 await asyncio.sleep(_A_MOMENT)
 
-    def _cancel_consumers(self) -> "list[asyncio.Future[Any]]":
-        lane, active, self._active = self._pushes, self._active, set()
-        if lane is None:
-            return []
-        return [lane.channel.begin(commands.Basic.Cancel(consumer_tag=tag)) for tag in active]
-
     async def _pause(self) -> None:
-        """Have the server push no more; what it had pushed has come when this returns."""
-        lane = self._pushes
-        for reply in self._cancel_consumers():
-            assert lane is not None  # noqa: S101 (its replies)
-            with suppress(BackendUnavailable):
+        """Have the server push no more; what it had pushed is here when this returns.
+
+        A quorum queue returns what was on its way to a cancelled consumer, and marks it as handed over before, though
+        nobody has seen it: after a cancel with room for more it is fetched, or it would count as a crash.
+        """
+        lane, active, self._active = self._pushes, self._active, set()
+        if lane is None or not active:
+            return
+        held = Counter(held.queue for held in self.held.values() if held.lane is lane)
+        with_room = [self._consumers[tag] for tag in active if held[self._consumers[tag]] < self._slots]
+        try:
+            replies = [lane.channel.begin(commands.Basic.Cancel(consumer_tag=tag)) for tag in active]
+            if with_room:
+                replies.append(lane.channel.begin(commands.Basic.Qos(prefetch_count=self._slots)))
+            for reply in replies:
                 await lane.channel.reply(reply)
+            for name in with_room:
+                await self._fetch_returned(name)
+        except BackendUnavailable as error:
+            _log.debug("a consumer was not cancelled in order: %s", error)
+
+    async def _fetch_returned(self, name: str) -> None:
+        lane = await self._gets_lane(_CONNECT_WITHIN)
+        while True:
+            content = await lane.channel.call(commands.Basic.Get(queue=self._topology.queue(name)))
+            if not isinstance(content, Content):
+                return
+            if not content.frame.redelivered:
+                self._came(lane, name, content)
+                return
+            if id_of(content.properties, content.body) in self._post.given_back:
+                self._count_crash(lane, name, content)
+            else:
+                self._came(lane, name, content)
 
     # --- what comes from the server
 
@@ -597,7 +623,7 @@ class Consuming:
             queue, message, counts.attempts, counts.crashes, counts.releases, counts.number, receipt, deadline
         )
         lane.unsettled[tag] = None
-        self.held[delivery] = _Held(lane, tag, counts, properties.headers)
+        self.held[delivery] = _Held(queue, lane, tag, counts, properties.headers)
         self._ahead[queue].append(delivery)
         if self._ahead_timer is None:
             self._fetched_at = time.monotonic()
@@ -614,7 +640,7 @@ class Consuming:
         if left > 0:
             asyncio.get_running_loop().call_later(left, self._lapse, delivery)
             return
-        held.lane.give_back(held.tag)
+        self._give_back(delivery.message, held)
         if delivery in self._ahead[delivery.queue]:
             self._ahead[delivery.queue].remove(delivery)
             del self.held[delivery]
@@ -650,6 +676,7 @@ class Consuming:
                 loop.call_later(_AGAIN_AFTER, give_up)
 
         def give_up() -> None:
+            self._post.remember(message.id)
             lane.give_back(tag)  # it comes again
             finish()
 
@@ -669,7 +696,7 @@ class Consuming:
             return
         _log.warning("RabbitMQ ended the consumer of queue %s: the leases on its jobs are lost", queue)
         for delivery in [delivery for delivery in self.held if delivery.queue == queue]:
-            self.held[delivery].lane.give_back(self.held[delivery].tag)  # where the queue is there still
+            self._give_back(delivery.message, self.held[delivery])  # where the queue is there still
         self._drop_ahead(queue)
         for delivery in [delivery for delivery in self.held if delivery.queue == queue]:
             self._lose(delivery)
@@ -681,7 +708,7 @@ class Consuming:
         elif lane is self._pushes:
             self._pushes, self._active = None, set()
         for ahead in self._ahead.values():  # nobody ever saw these, so nobody is told
-            for delivery in [delivery for delivery in ahead if self.held[delivery].lane is lane]:
+            for delivery in [one for one in ahead if one in self.held and self.held[one].lane is lane]:
                 ahead.remove(delivery)
                 delivery.lost = True
                 del self.held[delivery]
@@ -737,13 +764,15 @@ class Consuming:
         if time.monotonic() - self._fetched_at < patience:
             self._ahead_timer = asyncio.get_running_loop().call_later(_TICK, self._look_ahead)
             return
-        self._cancel_consumers()
-        pairs: list[tuple[Delivery, Settlement]] = []
-        for ahead in self._ahead.values():
-            pairs += [(delivery, Release()) for delivery in ahead]
-            ahead.clear()
-        self._left = False
-        self._releasing = asyncio.get_running_loop().create_task(self._release(pairs))  # the loop keeps no hold of it
+        self._releasing = asyncio.get_running_loop().create_task(self._release_ahead())  # the loop keeps no hold of it
 
-    async def _release(self, pairs: Pairs) -> None:
-        await self._settle(pairs, 0)
+    async def _release_ahead(self) -> None:
+        assert self._turn is not None  # noqa: S101 (made by the exchange that had it pushed)
+        async with self._turn:
+            await self._pause()
+            pairs: list[tuple[Delivery, Settlement]] = []
+            for ahead in self._ahead.values():
+                pairs += [(delivery, Release()) for delivery in ahead]
+                ahead.clear()
+            self._left = False
+            await self._settle(pairs, 0)

@@ -1,11 +1,11 @@
 """What travels beside the envelope, in headers of ours: the job's id, its numbers, its errors, and its death.
 
-| header       | value                                                                      | when                      |
-|--------------|----------------------------------------------------------------------------|---------------------------|
-| `mtj-id`     | the job's id; `message_id` is another one for each sending                 | always                    |
-| `mtj-counts` | attempts, crashes, releases, number, replays, crash limit (-1: receiver's) | they are not all as new   |
-| `mtj-errors` | a JSON list of the failed runs, oldest first                               | there were any            |
-| `mtj-died`   | microseconds since the epoch, and the reason                               | in the dead letters       |
+| header       | value                                                                      | when                 |
+|--------------|----------------------------------------------------------------------------|----------------------|
+| `mtj-id`     | the job's id; `message_id` is another one for each sending                 | always               |
+| `mtj-counts` | attempts, crashes, releases, number, replays, crash limit (-1: receiver's) | not all are as new   |
+| `mtj-errors` | a JSON list of the failed runs, oldest first                               | there were any       |
+| `mtj-died`   | microseconds since the epoch, and the reason                               | in the dead letters  |
 
 The broker's own counts (`x-delivery-count`, `x-death`) changed their meaning between its versions: they are neither
 read nor copied. What a header says that is not ours, or broken, counts as nothing.
@@ -14,7 +14,7 @@ read nor copied. What a header says that is not ours, or broken, counts as nothi
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast, get_args
@@ -29,7 +29,6 @@ _DIED = re.compile(r"(\d{1,17}) ([a-z_]+)")
 _REASONS: tuple[str, ...] = get_args(DeadReason)
 _ERRORS_LONGEST = 96 * 1024
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_FEWEST = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +116,10 @@ def errors_of(headers: Mapping[str, Any] | None) -> tuple[RunError, ...]:
     except (ValueError, RecursionError):
         return ()
     errors: tuple[RunError, ...] = ()
-    for fields in cast("list[Any]", listed) if isinstance(listed, list) else []:
-        if isinstance(fields, dict):
-            known = cast("dict[str, Any]", fields)
-            texts = [str(known.get(name, "")) for name in ("type", "message", "traceback", "worker")]
-            started, ended = (_instant(known.get(name)) for name in ("started_at", "ended_at"))
-            errors = with_error(errors, RunError(texts[0], texts[1], texts[2], started, ended, texts[3]))
+    for known in dicts_of(listed):
+        texts = [_text(known.get(name)) for name in ("type", "message", "traceback", "worker")]
+        started, ended = (_instant(known.get(name)) for name in ("started_at", "ended_at"))
+        errors = with_error(errors, RunError(texts[0], texts[1], texts[2], started, ended, texts[3]))
     return errors
 
 
@@ -153,15 +150,21 @@ def headers_of(
 
 
 def _errors_text(errors: tuple[RunError, ...], room: int) -> str:
-    """As many of the newest as there is room for."""
-    while True:
-        text = json.dumps([_fields(error) for error in errors], ensure_ascii=False, separators=(",", ":"))
-        if len(text.encode()) <= max(_FEWEST, room):
-            return text
-        errors = errors[1:] if len(errors) > 1 else (shortened(errors[0]),)
-        if len(errors) == 1 and errors[0] == shortened(errors[0]):
-            errors = (replace(errors[0], type=errors[0].type[:100], worker=errors[0].worker[:100]),)
-            return json.dumps([_fields(error) for error in errors], ensure_ascii=False, separators=(",", ":"))
+    """As many of the newest as there is room for; of the last one, if need be, only the beginning."""
+    kept = list(errors)
+    text = _json(kept)
+    while len(text.encode()) > room and len(kept) > 1:
+        del kept[0]
+        text = _json(kept)
+    if len(text.encode()) > room:
+        text = _json([shortened(kept[0])])
+    if len(text.encode()) > room:
+        text = _json([replace(shortened(kept[0]), type=kept[0].type[:100], worker=kept[0].worker[:100])])
+    return text
+
+
+def _json(errors: Sequence[RunError]) -> str:
+    return json.dumps([_fields(error) for error in errors], ensure_ascii=False, separators=(",", ":"))
 
 
 def _fields(error: RunError) -> dict[str, Any]:
@@ -174,6 +177,17 @@ def _fields(error: RunError) -> dict[str, Any]:
         "worker": error.worker,
     }
     return {name: value for name, value in fields.items() if value}
+
+
+def dicts_of(listed: Any) -> list[dict[str, Any]]:
+    """The tables in a list; of anything else none."""
+    found: list[Any] = [*listed] if isinstance(listed, list) else []
+    return [one for one in found if isinstance(one, dict)]
+
+
+def _text(value: Any) -> str:
+    """Of a lone surrogate a question mark: no message can carry it."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def _instant(value: Any) -> datetime | None:

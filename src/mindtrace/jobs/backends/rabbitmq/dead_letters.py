@@ -6,18 +6,18 @@ While somebody reads, what is read is not in the queue: another process that cou
 import asyncio
 import heapq
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 from pamqp import commands
 
 from mindtrace.jobs.backend import DeadLetters
 from mindtrace.jobs.backends.rabbitmq.admin import Admin
 from mindtrace.jobs.backends.rabbitmq.channels import Channel, Content
-from mindtrace.jobs.backends.rabbitmq.counts import counts_of, death_of, errors_of, headers_of, id_of
+from mindtrace.jobs.backends.rabbitmq.counts import counts_of, death_of, dicts_of, errors_of, headers_of, id_of
 from mindtrace.jobs.backends.rabbitmq.outbox import Outbox, Posting
 from mindtrace.jobs.backends.rabbitmq.topology import LEVELS, Topology
 from mindtrace.jobs.delivery import DeadFilter, DeadPage, DeadReason, DeadRecord
@@ -26,6 +26,7 @@ from mindtrace.jobs.job import JobId, is_job_id
 from mindtrace.jobs.retry import is_seconds, is_whole
 from mindtrace.jobs.wire import Message
 
+_Letters: TypeAlias = "list[_Letter]"
 _TOGETHER = 100
 _STORE_WITHIN = 10.0
 _BACK_WITHIN = 1.0
@@ -112,7 +113,7 @@ class RabbitMQDeadLetters(DeadLetters):
         return kept.messages
 
     async def replay(self, which: Sequence[JobId] | DeadFilter, *, rate: float | None = None) -> int:
-        """Put jobs back: stored and confirmed, then taken from the dead letters. A crash between doubles, never loses."""
+        """Put jobs back: stored and confirmed, then taken from the dead letters. A crash between doubles some."""
         if rate is not None and not (is_seconds(rate) and rate > 0):
             raise ConfigError(f"rate={rate!r}: jobs a second, above 0")
         count = 0
@@ -139,12 +140,12 @@ class RabbitMQDeadLetters(DeadLetters):
             await self._settled(reading.channel)
         return len(chosen)
 
-    async def _chosen(self, reading: "_Reading", which: Sequence[JobId] | DeadFilter) -> "list[_Letter]":
+    async def _chosen(self, reading: "_Reading", which: Sequence[JobId] | DeadFilter) -> _Letters:
         """Oldest first for a filter. Raises JobNotFound for an id that is not dead."""
         if isinstance(which, DeadFilter):
             found = [letter async for letter in self._letters(reading) if _fits(letter.record, which)]
             return sorted(found, key=lambda letter: letter.order)
-        wanted: dict[JobId, list[_Letter]] = {job_id: [] for job_id in which}
+        wanted: dict[JobId, _Letters] = {job_id: [] for job_id in which}
         async for letter in self._letters(reading):
             if letter.record.message.id in wanted:
                 wanted[letter.record.message.id].append(letter)
@@ -153,34 +154,26 @@ class RabbitMQDeadLetters(DeadLetters):
                 raise JobNotFound(job_id)
         return [letter for letters in wanted.values() for letter in letters]
 
-    async def _store(self, letters: "Sequence[_Letter]") -> None:
+    async def _store(self, letters: Sequence[_Letter]) -> None:
         opened = self._opened()
         deadline = time.monotonic() + _STORE_WITHIN
-        postings = [self._posting(letter, 0) for letter in letters]
+        postings = [self._posting(letter) for letter in letters]
         outcomes = await opened.outbox.put(postings, deadline)
-        full = [letter for letter, outcome in zip(letters, outcomes, strict=True) if outcome == "refused"]
-        if full:  # the shortest hold waits until there is room
-            await opened.admin.make_holds(1)
-            held = await opened.outbox.put([self._posting(letter, 1) for letter in full], deadline)
-            outcomes = [outcome for outcome in outcomes if outcome != "refused"] + held
-        for outcome in outcomes:
+        for letter, outcome in zip(letters, outcomes, strict=True):
             if outcome == "unroutable":
-                raise QueueNotFound(self._queue)
-            if isinstance(outcome, JobsError):
-                raise outcome
+                raise QueueNotFound(letter.record.queue)
             if outcome == "refused":
                 raise BackendUnavailable("RabbitMQ did not take the job")
+            if isinstance(outcome, JobsError):
+                raise outcome
 
-    def _posting(self, letter: _Letter, units: int) -> Posting:
+    def _posting(self, letter: _Letter) -> Posting:
         record = letter.record
-        exchange, key = "", self._topology.queue(record.queue)
-        if units:
-            exchange, key = self._topology.delayed(record.queue, units)
         headers = headers_of(record.message.id, counts_of(letter.headers).replayed(), record.errors)
-        return Posting(exchange, key, headers, record.message.body, record.message.priority)
+        return Posting("", self._topology.queue(record.queue), headers, record.message.body, record.message.priority)
 
     @asynccontextmanager
-    async def _reading(self) -> AsyncIterator["_Reading"]:
+    async def _reading(self) -> AsyncGenerator["_Reading", None]:
         """A channel to read on; closed, everything on it that was not acknowledged is back."""
         opened = self._opened()
         async with opened.reading:
@@ -247,9 +240,10 @@ class RabbitMQDeadLetters(DeadLetters):
 def _broker_said(headers: Any) -> tuple[datetime, DeadReason]:
     """Of what no worker of ours put here."""
     deaths: Any = None if headers is None else headers.get("x-death")
-    newest: Any = deaths[0] if isinstance(deaths, list) and deaths else None
-    if not isinstance(newest, dict):
+    listed = dicts_of(deaths)
+    if not listed:
         return _EPOCH, "malformed"
+    newest = listed[0]
     died: Any = newest.get("time")
     died_at = died.astimezone(UTC) if isinstance(died, datetime) else _EPOCH
     return died_at, "delivery_limit" if newest.get("reason") == "delivery_limit" else "queue_gone"

@@ -22,6 +22,7 @@ from mindtrace.jobs.backends.rabbitmq.topology import Topology
 _log = logging.getLogger(__name__)
 
 _CLOSE_WITHIN = 5.0
+_REMEMBERED = 10_000
 
 
 class Post:
@@ -36,7 +37,15 @@ class Post:
         self.link: Link = Link(address, "consume", random)
         self.admin: Admin = Admin(self.link, topology)
         self.copies: Outbox = Outbox(address, "copies", random)
+        self.given_back: dict[str, None] = {}
+        """Ids of jobs that a receiver here gave back without settling them, the last thousands."""
         self.link.start()
+
+    def remember(self, job_id: str) -> None:
+        """A job is given back: whoever gets it next counts a crash."""
+        self.given_back[job_id] = None
+        if len(self.given_back) > _REMEMBERED:
+            del self.given_back[next(iter(self.given_back))]
 
     async def aclose(self) -> None:
         """Close both connections."""

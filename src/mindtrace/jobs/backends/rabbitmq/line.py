@@ -1,13 +1,15 @@
 """`Line`: one AMQP connection of the driver, whose channels are ours.
 
-The driver does name, TLS, login, heartbeats and the codec. Its own channels are left aside: there each call is a task,
-a cancelled call closes the channel with all that is unacknowledged on it, and a delivery starts a task of its own. What
-it reads goes to our channels as it comes, and what they write goes to the socket at once, frame by whole frame.
+The driver does handshake, login and heartbeats, which is all that travels on channel 0. Its own channels are left
+aside: there each call is a task, a cancelled call closes the channel with all that is unacknowledged on it, a delivery
+starts a task of its own, and a header that cannot be decoded, which anybody may send, ends the connection. Frames of
+other channels go to ours as they come, and what those write goes to the socket at once, frame by whole frame.
 """
 
 import asyncio
 import logging
 import ssl
+import struct
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +17,8 @@ from aiormq import Connection
 from aiormq.connection import TransportFactory
 from aiormq.exceptions import AMQPError, AuthenticationError, InvalidFrameError, ProbableAuthenticationError
 from pamqp import commands
+from pamqp.exceptions import PAMQPException
+from pamqp.frame import unmarshal
 from yarl import URL
 
 from mindtrace.jobs.backends.rabbitmq.address import CONNECT_WITHIN, Address
@@ -23,6 +27,12 @@ from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable
 
 _CLOSE_WITHIN = 1.0
 _READ_AHEAD = 1 << 18
+_FRAME_HEAD = struct.Struct(">BHI")
+_PAYLOAD = _FRAME_HEAD.size
+_FRAME_END = 0xCE
+_METHOD = 1
+_HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
+_CLOSE, _BLOCKED, _UNBLOCKED = b"\x00\x0a\x00\x32", b"\x00\x0a\x00\x3c", b"\x00\x0a\x00\x3d"  # class 10: 50, 60, 61
 
 
 class Line:
@@ -37,12 +47,13 @@ class Line:
         self._connection, self._transport = connection, transport
         self.lost: asyncio.Future[BaseException | None] = transport.lost
         self.lost.add_done_callback(self._on_lost)
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[int, Channel] = transport.channels
         self._last = 0
         self._frame_max: int = connection.connection_tune.frame_max or 131072
         version = connection.server_properties.get("version", "")
         self.version: str = version if isinstance(version, str) else ""
-        connection.closing.add_done_callback(self._on_closing)
+        observed: Any = connection
+        observed.closing.add_done_callback(self._on_closing)
 
     @classmethod
     async def connect(cls, address: Address, role: str) -> "Line":
@@ -57,7 +68,7 @@ class Line:
             transport = _Transport(address.context())
         except OSError as error:
             raise BackendUnavailable(f"no TLS to RabbitMQ at {address}: {said(error)}") from error
-        connection = Connection(
+        connection: Any = Connection(  # the driver's calls are not all typed
             address.login(), transport_factory=transport, client_properties={"connection_name": f"mtjobs:{role}"}
         )
         connection.vhost = address.virtual_host
@@ -76,13 +87,7 @@ class Line:
     @property
     def blocked(self) -> bool:
         """Whether the server has stopped reading what is published here, for want of memory or disk."""
-        ready: Any = self._connection.ready()
-        try:
-            ready.send(None)
-        except StopIteration:
-            return False
-        ready.close()
-        return True
+        return self._transport.blocked
 
     async def channel(self) -> Channel:
         """Another channel, open.
@@ -98,8 +103,6 @@ class Line:
                 break
         channel = Channel(self._last, self._frame_max, self._transport.write, self._forget)
         self._channels[self._last] = channel
-        known: dict[int, Any] = self._connection.channels
-        known[self._last] = channel
         await channel.call(commands.Channel.Open())
         return channel
 
@@ -116,7 +119,6 @@ class Line:
         """It is closed on both sides: its number is free."""
         if self._channels.get(channel.number) is channel:
             del self._channels[channel.number]
-            self._connection.channels.pop(channel.number, None)
 
     def _on_lost(self, lost: "asyncio.Future[BaseException | None]") -> None:
         why = BackendUnavailable(f"the connection to RabbitMQ was lost: {said(lost.result())}")
@@ -134,15 +136,17 @@ class _Transport(TransportFactory):
 
     def __init__(self, context: ssl.SSLContext | None) -> None:
         self.lost: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+        self.channels: dict[int, Channel] = {}
+        self.blocked = False
         self._context = context
+        self._said: BaseException | None = None
         self._transport: asyncio.Transport | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=_READ_AHEAD, loop=loop)
-        protocol = _Protocol(reader, loop=loop)
-        protocol.on_lost = self.end
-        transport, _ = await loop.create_connection(lambda: protocol, url.host, url.port, ssl=self._context)
+        protocol = _Protocol(reader, loop, self)
+        transport, _ = await loop.create_connection(lambda: protocol, url.host or "", url.port or 0, ssl=self._context)
         self._transport = transport
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
@@ -155,20 +159,70 @@ class _Transport(TransportFactory):
             self._transport.abort()
         self.end(None)
 
+    def on_control(self, frame: bytes) -> None:
+        """A method on channel 0, on its way to the driver."""
+        kind = frame[_PAYLOAD : _PAYLOAD + 4]
+        if kind == _BLOCKED:
+            self.blocked = True
+        elif kind == _UNBLOCKED:
+            self.blocked = False
+        elif kind == _CLOSE:
+            with suppress(PAMQPException, ValueError):
+                _, _, close = unmarshal(frame)
+                if isinstance(close, commands.Connection.Close):
+                    self._said = ConnectionError(close.reply_text)
+
     def end(self, why: BaseException | None) -> None:
         if not self.lost.done():
-            self.lost.set_result(why)
+            self.lost.set_result(self._said or why)
             if self._transport is not None:
                 self._transport.abort()
 
 
 class _Protocol(asyncio.StreamReaderProtocol):
-    on_lost: Any = None
+    """Cuts what comes into frames. Those of channel 0 go on to the driver."""
+
+    def __init__(self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop, transport: _Transport) -> None:
+        super().__init__(reader, loop=loop)
+        self._ours = transport
+        self._rest = b""
+        self._clock = loop.time
+        self._shown = 0.0  # when the driver was last shown that the server lives
+
+    def data_received(self, data: bytes) -> None:
+        if self._rest:
+            data = self._rest + data
+        at, end_of_data = 0, len(data)
+        if data.startswith(b"AMQP"):  # no frame: the server speaks another version
+            super().data_received(data)
+            return
+        channels = self._ours.channels
+        while end_of_data - at > _PAYLOAD:
+            kind, number, size = _FRAME_HEAD.unpack_from(data, at)
+            end = at + _PAYLOAD + size + 1
+            if end > end_of_data:
+                break
+            if data[end - 1] != _FRAME_END:
+                self._ours.end(ConnectionError("a frame without its end"))
+                return
+            if number:
+                channel = channels.get(number)
+                if channel is not None:
+                    channel.receive(kind, data[at:end])
+            else:
+                if kind == _METHOD:
+                    self._ours.on_control(data[at:end])
+                super().data_received(data[at:end])
+            at = end
+        self._rest = data[at:]
+        now = self._clock()
+        if channels and now - self._shown > 1.0:  # it counts what it sees; the server sends none while there is traffic
+            self._shown = now
+            super().data_received(_HEARTBEAT)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self.on_lost is not None:
-            self.on_lost(exc)
+        self._ours.end(exc)
 
 
 def _ours(error: BaseException, address: Address) -> BackendUnavailable | None:

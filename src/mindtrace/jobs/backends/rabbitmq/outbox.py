@@ -29,7 +29,7 @@ from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Clos
 _log = logging.getLogger(__name__)
 
 Outcome: TypeAlias = Literal["stored", "unroutable", "refused"] | JobsError
-"""`refused`: the broker did not take it, a queue is full; `unroutable`: no queue there, or no exchange."""
+"""`refused`: the broker did not take it; `unroutable`: no queue there, or no exchange."""
 
 _WINDOW = 1000
 _WINDOW_BYTES = 16 * 1024 * 1024

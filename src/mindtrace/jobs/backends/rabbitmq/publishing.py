@@ -161,11 +161,9 @@ class Publisher:
                     return _no_priorities(queue, message.priority)
                 return QueueNotFound(queue)
             case "refused":
-                spec = self.specs.get(queue)
-                if spec is None or spec.max_length is not None:
-                    limit = 0 if spec is None else spec.max_length or 0
-                    return QueueFull(queue, limit)
-                return BackendUnavailable(f"RabbitMQ did not take the job for the queue {queue!r}")
+                return BackendUnavailable(
+                    f"RabbitMQ did not take the job for the queue {queue!r}", job_ids=[message.id]
+                )
             case BackendUnavailable():
                 return outcome if outcome.job_ids else _again(outcome, message)
             case _:

@@ -16,7 +16,7 @@
     <ns>:due, topic ──> <ns>:<queue>
          └ of a queue that is gone ──> <ns>:gone ──> <ns>:gone.dead
 
-The routing key of a delayed job is its delay in units as 29 binary digits, then the queue's name: `0.0. ... .1.0.1.name`.
+The routing key of a delayed job is its delay in units as 29 binary digits, then the queue's name: `0.0. ... .1.0.name`.
 The exchange of level n looks at digit n: 1 is held there, 0 goes one level down. It is published to the exchange of its
 highest 1. Levels come into being when a delay first needs them, the lowest first: at most 29 queues in a namespace,
 whatever the delays. 366 days are 29 levels; the longest key has 58 + 128 of the 255 bytes that AMQP allows.
@@ -26,15 +26,16 @@ others is refused with 406, for ever. What can change lives in this library: att
 
 * Quorum queues dead-letter at least once, which asks for `overflow=reject-publish`, so nothing is ever dropped.
 * `x-delivery-limit` is a back-stop far above any crash limit: 4.0 and later have 20 where nothing is said.
-* `x-max-length` of a queue with a `max_length` of n is 2n + 1000. Quorum queues check it late (3.10 stored 50 of 50
-  messages sent at once with a limit of 10), and it would hold up retries and due jobs too. So publishes are counted
-  here, and the broker's limit stops publishers that do not; it also carries n to processes that did not declare it.
+* `x-max-length` of a queue with a `max_length` of n is 10^12 + n: it carries n to processes that did not declare it,
+  and is never reached. Publishes are counted here. The broker's own check would come late (3.10 stored 50 of 50
+  messages sent at once with a limit of 10), refuse retries and due jobs too, and a due job that was refused would come
+  three minutes after there is room, with everything behind it.
 """
 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mindtrace.jobs.backend import QueueSpec
@@ -52,10 +53,11 @@ GONE = "gone"
 Arguments = Mapping[str, Any]
 
 _DELIVERY_LIMIT = 100
+_FAR = 10**12
 _NO_LIMIT = 2**31 - 1
 _NEVER_DROPS = {"x-queue-type": "quorum", "x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
 _DEAD_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}
-_DELAYED = re.compile(r"(?:[01]\.){%d}" % LEVELS)
+_DELAYED = re.compile(rf"(?:[01]\.){{{LEVELS}}}")
 _DIFFERENCE = re.compile(
     r"inequivalent arg '([\w-]+)' for queue '.*?' in vhost '.*?': received .*? but current is "
     r"(?:the value '([^']*)' of type '\w+'|'([^']*)'|(none))",
@@ -79,12 +81,15 @@ class Topology:
 
     Args:
         namespace: what tells applications in one virtual host apart.
-        unit: seconds of the shortest hold.
+
+    Attributes:
+        unit: seconds of the shortest hold, the same for everyone in a namespace.
     """
 
-    def __init__(self, namespace: str, unit: float = UNIT) -> None:
+    unit: float = UNIT
+
+    def __init__(self, namespace: str) -> None:
         self.namespace: str = namespace
-        self.unit: float = unit
         self.priority_exchange: str = f"{namespace}:priority"
         self.due_exchange: str = f"{namespace}:due"
         self.gone_exchange: str = f"{namespace}:{GONE}"
@@ -107,7 +112,7 @@ class Topology:
             "x-overflow": "reject-publish",
         }
         if spec.max_length is not None:
-            common["x-max-length"] = 2 * spec.max_length + 1000
+            common["x-max-length"] = _FAR + spec.max_length
         if spec.kind == "priority":
             return {**common, "x-max-priority": spec.priority_levels or PRIORITY_LEVELS}
         return {**common, **_NEVER_DROPS, "x-delivery-limit": _DELIVERY_LIMIT}
@@ -129,10 +134,6 @@ class Topology:
         """The exchange and the routing key of a delay of 1 unit or more."""
         digits = ".".join(f"{units:0{LEVELS}b}")
         return self._hold(units.bit_length() - 1), f"{digits}.{name}"
-
-    def held_shortly(self, queue: str) -> tuple[str, str]:
-        """The exchange and the routing key that bring a message back to a queue, named as on the server, after a unit."""
-        return self.delayed(queue.removeprefix(f"{self.namespace}:"), 1)
 
     def units_of(self, key: str) -> int:
         """The delay that a routing key asks for; 0 if it is none of a delay."""
@@ -162,23 +163,19 @@ class Topology:
         match argument:
             case "x-max-length":
                 if number is None:
-                    return _with(spec, max_length=None)
-                length, rest = divmod(number - 1000, 2)
-                return None if rest or length < 1 else _with(spec, max_length=length)
+                    return replace(spec, max_length=None)
+                return None if not 0 < number - _FAR < 2**31 else replace(spec, max_length=number - _FAR)
             case "x-max-priority" | "x-queue-type" | "x-delivery-limit" | "x-dead-letter-strategy":
                 if argument == "x-max-priority" and number is not None:
                     levels = None if number == PRIORITY_LEVELS else number
-                    return _with(spec, kind="priority", priority_levels=levels)
+                    return replace(spec, kind="priority", priority_levels=levels)
                 if spec.kind == "priority" and (argument == "x-max-priority" or value == "quorum"):
-                    return _with(spec, kind="fifo", priority_levels=None)
+                    return replace(spec, kind="fifo", priority_levels=None)
                 if spec.kind != "priority" and (argument != "x-queue-type" or value == "classic"):
-                    return _with(spec, kind="priority", priority_levels=None)
+                    return replace(spec, kind="priority", priority_levels=None)
+            case _:
+                pass
         return None
 
     def _hold(self, level: int) -> str:
         return f"{self.namespace}:{level}.hold"
-
-
-def _with(spec: QueueSpec, **changes: Any) -> QueueSpec:
-    properties = {"kind": spec.kind, "priority_levels": spec.priority_levels, "max_length": spec.max_length, **changes}
-    return QueueSpec(spec.name, **properties)
