@@ -15,167 +15,18 @@ The proxy works as long as its loop turns. A blocking client belongs in a thread
 import asyncio
 import socket
 import struct
-from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Generator, Hashable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Generator, Hashable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar, Final, Protocol, Self
+from typing import Final, Self
 from urllib.parse import urlsplit
 
-__all__ = ["FaultProxy", "Opaque", "Reply", "Request", "Resp", "Trap", "Way", "Wire", "every"]
+from mindtrace.jobs.testing.wires import Amqp, Opaque, Reply, Request, Resp, Wire
+
+__all__ = ["Amqp", "FaultProxy", "Opaque", "Reply", "Request", "Resp", "Trap", "Way", "Wire", "every"]
 
 _CHUNK = 2**16  # bytes read at once
 _TICK = 0.01  # seconds between two writes on a throttled way
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Bytes from the client: a whole request, or something that is none.
-
-    Attributes:
-        data: as it came.
-        name: the command, in capitals; empty: no request, passed on and never counted.
-        key: what its reply is known by on this connection.
-    """
-
-    data: bytes
-    name: bytes = b""
-    key: Hashable = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Bytes from the server: a whole reply, or something that answers nothing.
-
-    Attributes:
-        data: as it came.
-        answers: the keys of the requests that it ends: none, one, or many.
-    """
-
-    data: bytes
-    answers: Collection[Hashable] = ()
-
-
-class Wire(Protocol):
-    """The protocol of one connection: where requests and replies end, and which of them belong together.
-
-    Attributes:
-        handshake: the names of what a client sends of its own accord when it connects.
-    """
-
-    handshake: ClassVar[Collection[bytes]]
-
-    def requests(self, data: bytes) -> Iterator[Request]:
-        """What is complete, now that the client has sent `data`; if that is empty, it ended, and the rest comes too."""
-        ...
-
-    def replies(self, data: bytes) -> Iterator[Reply]:
-        """The same for the server."""
-        ...
-
-
-class Resp(Wire):
-    """What Redis speaks: RESP2 and RESP3, pipelines and subscriptions. A request is a command; inline ones are refused.
-
-    An UNSUBSCRIBE has to name its channels: without, the number of its replies cannot be told.
-    """
-
-    handshake: ClassVar[Collection[bytes]] = frozenset({b"AUTH", b"CLIENT", b"HELLO", b"SELECT"})
-
-    def __init__(self) -> None:
-        self._commands, self._values = _Values(b"*$"), _Values(b"*~>%$=!+-:_,#(")
-        self._sent = 0
-        self._unanswered: deque[tuple[int, int]] = deque()  # key, replies that are still to come
-        self._subscribed = False
-
-    def requests(self, data: bytes) -> Iterator[Request]:
-        """One for each command."""
-        for command in self._commands.feed(data):
-            head, _, name, *_ = command.split(b"\r\n", 3)
-            name, replies = name.upper(), 1
-            if name.endswith(b"SUBSCRIBE"):  # has one reply for each channel
-                self._subscribed, replies = True, max(1, int(head[1:]) - 1)
-            self._sent += 1
-            self._unanswered.append((self._sent, replies))
-            yield Request(command, name, self._sent)
-        if not data:
-            yield Request(self._commands.rest())
-
-    def replies(self, data: bytes) -> Iterator[Reply]:
-        """One for each value; what was published on a channel answers nothing."""
-        for value in self._values.feed(data):
-            if not self._unanswered or self._pushed(value):
-                yield Reply(value)
-                continue
-            key, left = self._unanswered.popleft()
-            if left > 1:
-                self._unanswered.appendleft((key, left - 1))
-            yield Reply(value, (key,) if left == 1 else ())
-        if not data:
-            yield Reply(self._values.rest())
-
-    def _pushed(self, value: bytes) -> bool:
-        kind = value.split(b"\r\n", 3)[2] if value[:1] in b"*>" and value.count(b"\r\n") > 2 else b""
-        if value[:1] == b">":  # in RESP3 the answer to a SUBSCRIBE looks like this, too
-            return not kind.endswith(b"subscribe")
-        return self._subscribed and kind in (b"message", b"pmessage", b"smessage")
-
-
-class _Values:
-    """Cuts a stream of RESP into whole values, however it was cut before."""
-
-    def __init__(self, kinds: bytes) -> None:
-        self._kinds = kinds
-        self._buffer = bytearray()
-        self._at = 0  # up to here it has been looked at
-        self._missing = 1  # values, nested ones too, before the outermost is complete
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        self._buffer += data
-        while self._step():
-            if not self._missing:
-                value = bytes(self._buffer[: self._at])
-                del self._buffer[: self._at]
-                self._at, self._missing = 0, 1
-                yield value
-
-    def rest(self) -> bytes:
-        return bytes(self._buffer)
-
-    def _step(self) -> bool:
-        """Go over one line, and the text that it announces; False where that is not all there."""
-        if self._at == len(self._buffer):
-            return False
-        kind = bytes(self._buffer[self._at : self._at + 1])
-        if kind not in self._kinds:
-            raise ValueError(f"this is no RESP: {bytes(self._buffer[self._at : self._at + 20])!r}; see Opaque")
-        end = self._buffer.find(b"\r\n", self._at)
-        if end < 0:
-            return False
-        count = int(self._buffer[self._at + 1 : end]) if kind in b"$=!*~>%" else 0  # below 0: null
-        end += 2
-        if kind in b"$=!" and count >= 0:
-            end += count + 2
-            if end > len(self._buffer):
-                return False
-        inside = {b"*": 1, b"~": 1, b">": 1, b"%": 2}.get(kind, 0) * max(0, count)
-        self._at, self._missing = end, self._missing - 1 + inside
-        return True
-
-
-class Opaque(Wire):
-    """Any protocol: bytes, of which nothing is known. No request is counted, so no trap ever strikes."""
-
-    handshake: ClassVar[Collection[bytes]] = frozenset()
-
-    def requests(self, data: bytes) -> Iterator[Request]:
-        """What came."""
-        yield Request(data)
-
-    def replies(self, data: bytes) -> Iterator[Reply]:
-        """What came."""
-        yield Reply(data)
 
 
 def every(name: bytes) -> bool:
@@ -184,7 +35,7 @@ def every(name: bytes) -> bool:
 
 
 class Trap:
-    """What is to happen at one request, once. Laid by `cut_reply` and `before`.
+    """What is to happen at one request, once. Laid by `cut_reply`, `cut_at` and `before`.
 
     Attributes:
         k: at which request, from 1, of those that pass from then on.
@@ -273,13 +124,14 @@ class FaultProxy:
     Args:
         host: where the broker listens.
         port: and its port.
-        wire: makes the protocol of one connection: `Resp`, or `Opaque` where only bytes matter.
+        wire: makes the protocol of one connection: `Resp`, `Amqp`, or `Opaque` where only bytes matter.
 
     Attributes:
         host, port: where clients connect to; the port is there inside the block, and stays the same.
         up: the way from the clients to the broker.
         down: the way from the broker to the clients.
         requests: the commands that passed, in order, the handshake's too.
+        replies: the names of what passed the other way, where the protocol gives them any.
         accepted: connections of clients, all in all.
     """
 
@@ -297,7 +149,9 @@ class FaultProxy:
         self._up, self._down = _Way(), _Way()
         self.up: Final[Way] = self._up
         self.down: Final[Way] = self._down
+        self._cuts: dict[Way, list[_Trap]] = {self._up: [], self._down: []}
         self.requests: Final[list[bytes]] = []
+        self.replies: Final[list[bytes]] = []
         self.accepted: int = 0
 
     @classmethod
@@ -357,6 +211,32 @@ class FaultProxy:
         """
         return self._laid(_Trap(k, of, reset=reset))
 
+    def cut_at(
+        self,
+        k: int,
+        way: Way,
+        *,
+        of: Callable[[bytes], bool] | None = None,
+        share: float = 0.0,
+        reset: bool = False,
+    ) -> Trap:
+        """Close a connection at the `k`-th request, or reply, from now: it does not arrive, or not all of it.
+
+        Args:
+            k: which, from 1, of what has a name.
+            way: `up` for requests, `down` for replies.
+            of: counts only those of whose name this is true; without it all count, the handshake's too.
+            share: how much of it arrives: 0.5 is half of its bytes, 1.0 all of them and then nothing more.
+            reset: as in `cut_reply`.
+        """
+        if way not in (self.up, self.down):
+            raise ValueError("way is up or down, of this proxy")
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"share={share}: from 0 to 1")
+        trap = _Trap(k, of or every, reset=reset, share=share)
+        self._cuts[way].append(trap)
+        return trap
+
     def before(self, k: int, do: Callable[[], Awaitable[object]], *, of: Callable[[bytes], bool] | None = None) -> Trap:
         """Call `do`, and wait for it, between the `k`-th request from now and the one before it.
 
@@ -396,6 +276,8 @@ class FaultProxy:
         self.up.flow()
         self.down.flow()
         self._traps.clear()
+        for cuts in self._cuts.values():
+            cuts.clear()
         self.accept()
 
     def _laid(self, trap: "_Trap") -> Trap:
@@ -457,7 +339,7 @@ class FaultProxy:
         for request in line.wire.requests(data):
             if request.name:
                 await self._spring(line, request)
-            await self._up.carry(request.data, pipe)
+            await self._carry_named(self._up, pipe, request.name, request.data)
             if request.key in line.cuts:
                 return False  # the last one of this connection that the broker is to see
         return True
@@ -468,8 +350,18 @@ class FaultProxy:
                 trap, name = line.cuts[key]
                 trap.strike(name)
                 raise _Cut(reset=trap.reset)
-            await self._down.carry(reply.data, pipe)
+            if reply.name:
+                self.replies.append(reply.name)
+            await self._carry_named(self._down, pipe, reply.name, reply.data)
         return True
+
+    async def _carry_named(self, way: "_Way", pipe: "_Pipe", name: bytes, data: bytes) -> None:
+        for trap in [trap for trap in self._cuts[way] if name and trap.reached(name, ())]:
+            self._cuts[way].remove(trap)
+            await way.carry(data[: int(len(data) * trap.share)], pipe)
+            trap.strike(name)
+            raise _Cut(reset=trap.reset)
+        await way.carry(data, pipe)
 
     async def _spring(self, line: "_Line", request: Request) -> None:
         """Count the request, and do what is to be done before it."""
@@ -500,7 +392,7 @@ class _Cut(Exception):
 
 
 class _Trap(Trap):
-    """With `do`, what is to be done before the request; without, its reply is cut."""
+    """With `do`, what is to be done before the request; without, its reply is cut, or itself."""
 
     def __init__(
         self,
@@ -509,9 +401,10 @@ class _Trap(Trap):
         *,
         do: Callable[[], Awaitable[object]] | None = None,
         reset: bool = False,
+        share: float = 0.0,
     ) -> None:
         super().__init__(k)
-        self._of, self.do, self.reset = of, do, reset
+        self._of, self.do, self.reset, self.share = of, do, reset, share
 
     def reached(self, name: bytes, handshake: Collection[bytes]) -> bool:
         """Count this one; whether it is the `k`-th."""

@@ -16,7 +16,6 @@ import asyncio
 import itertools
 import logging
 import math
-import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -26,9 +25,10 @@ from typing import Any
 
 from pamqp import commands
 
-from mindtrace.jobs.backends.rabbitmq.channels import Channel, Content
+from mindtrace.jobs.backends.rabbitmq.channels import Content
 from mindtrace.jobs.backends.rabbitmq.counts import Counts, counts_of, errors_of, headers_of, id_of
 from mindtrace.jobs.backends.rabbitmq.keeper import Post
+from mindtrace.jobs.backends.rabbitmq.lane import Lane
 from mindtrace.jobs.backends.rabbitmq.line import Line
 from mindtrace.jobs.backends.rabbitmq.outbox import Outcome, Posting
 from mindtrace.jobs.delivery import (
@@ -74,47 +74,10 @@ class Call:
     gone: bool = False  # its caller waits no longer
 
 
-class _Lane:
-    """A channel, and the tags that the server waits for on it, in order."""
-
-    def __init__(self, channel: Channel) -> None:
-        self.channel: Channel = channel
-        self.unsettled: dict[int, None] = {}
-        self.receipts: str = secrets.token_hex(8)
-
-    def acknowledge(self, tags: list[int]) -> None:
-        """In as few frames as can be: one for all up to the first that is still out, one for each other."""
-        if not tags or self.channel.is_closed:
-            return
-        tags.sort()
-        done = set(tags)
-        prefix = 0
-        for tag in self.unsettled:
-            if tag not in done:
-                break
-            prefix = tag
-        frames: list[Any] = []
-        if prefix > tags[0]:
-            frames.append(commands.Basic.Ack(prefix, True))
-        else:
-            prefix = 0
-        for tag in tags:
-            self.unsettled.pop(tag, None)
-            if tag > prefix:
-                frames.append(commands.Basic.Ack(tag, False))
-        self.channel.send(*frames)
-
-    def give_back(self, tag: int) -> None:
-        """To the queue, marked as handed over before: the next one counts a crash."""
-        if tag in self.unsettled:
-            del self.unsettled[tag]
-            self.channel.send(commands.Basic.Nack(tag, False, True))
-
-
 @dataclass(slots=True)
 class _Held:
     queue: str
-    lane: _Lane
+    lane: Lane
     tag: int
     counts: Counts
     headers: Any
@@ -156,8 +119,8 @@ class Consuming:
         self._names = tuple(dict.fromkeys(queues))
         self._slots, self._lease, self._crash_limit, self._strict = slots, lease, crash_limit, strict
         self._max_stall, self._on_lost, self._ask = max_stall, on_lost, ask
-        self._gets: _Lane | None = None
-        self._pushes: _Lane | None = None
+        self._gets: Lane | None = None
+        self._pushes: Lane | None = None
         self._consumers: dict[str, str] = {}  # tag -> queue, of all that the channel for pushes ever had
         self._active: set[str] = set()  # tags of those that are not cancelled
         self._numbers = itertools.count(1)
@@ -268,6 +231,7 @@ class Consuming:
                 for ahead in self._ahead.values():
                     ahead.clear()
                 await self._settle([(delivery, Release()) for delivery in held], 0, until)
+                await self._flush(until)
         except TimeoutError:
             held = []
         for delivery in [*held, *self.held]:
@@ -276,6 +240,19 @@ class Consuming:
                 self._on_lost(delivery)
         self.held.clear()
         self.abandon()
+
+    async def _flush(self, until: float) -> None:
+        """Have the queues know of all acknowledgements, before the channels are closed."""
+        for lane in (self._gets, self._pushes):
+            if lane is None or not lane.is_dirty:
+                continue
+            for name in self._names:
+                content = await lane.flush(self._topology.queue(name))
+                if content is not None:  # that was the price
+                    self._came(lane, name, content)
+                    [delivery] = self._ahead[name]
+                    self._ahead[name].clear()
+                    await self._settle([(delivery, Release())], 0, until)
 
     # --- settling
 
@@ -373,11 +350,11 @@ class Consuming:
         )
 
     def _give_back(self, message: Message, held: _Held) -> None:
-        self._post.remember(message.id)
+        self._post.remember(message.id, held.counts.number)
         held.lane.give_back(held.tag)
 
     def _acknowledge(self, acks: Sequence[_Held]) -> None:
-        by_lane: dict[_Lane, list[int]] = {}
+        by_lane: dict[Lane, list[int]] = {}
         for held in acks:
             by_lane.setdefault(held.lane, []).append(held.tag)
         for lane, tags in by_lane.items():
@@ -502,7 +479,7 @@ class Consuming:
                 asked_again += 1
                 await asyncio.wait(crashed)
 
-    async def _lane(self, within: float) -> _Lane:
+    async def _lane(self, within: float) -> Lane:
         """A channel.
 
         Raises:
@@ -513,11 +490,11 @@ class Consuming:
         if self._ended:
             channel.begin_close()
             raise Closed("the receiver was left, or its backend closed")
-        lane = _Lane(channel)
+        lane = Lane(channel)
         channel.gone.add_done_callback(lambda gone: self._on_gone(lane, gone.result()))
         return lane
 
-    async def _gets_lane(self, within: float) -> _Lane:
+    async def _gets_lane(self, within: float) -> Lane:
         if self._gets is None:
             self._gets = await self._lane(within)
         return self._gets
@@ -589,7 +566,8 @@ class Consuming:
             if not content.frame.redelivered:
                 self._came(lane, name, content)
                 return
-            if id_of(content.properties, content.body) in self._post.given_back:
+            number = counts_of(content.properties.headers).started().number
+            if (id_of(content.properties, content.body), number) in self._post.given_back:
                 self._count_crash(lane, name, content)
             else:
                 self._came(lane, name, content)
@@ -606,7 +584,7 @@ class Consuming:
             self._came(lane, queue, content)
             self.wake()
 
-    def _came(self, lane: _Lane, queue: str, content: Content) -> None:
+    def _came(self, lane: Lane, queue: str, content: Content) -> None:
         properties, tag = content.properties, content.frame.delivery_tag
         counts = counts_of(properties.headers).started()
         message = Message(
@@ -622,7 +600,7 @@ class Consuming:
         delivery = Delivery(
             queue, message, counts.attempts, counts.crashes, counts.releases, counts.number, receipt, deadline
         )
-        lane.unsettled[tag] = None
+        lane.add(tag)
         self.held[delivery] = _Held(queue, lane, tag, counts, properties.headers)
         self._ahead[queue].append(delivery)
         if self._ahead_timer is None:
@@ -647,7 +625,7 @@ class Consuming:
         else:
             self._lose(delivery)
 
-    def _count_crash(self, lane: _Lane, queue: str, content: Content) -> "asyncio.Future[None]":
+    def _count_crash(self, lane: Lane, queue: str, content: Content) -> "asyncio.Future[None]":
         """A message that somebody had and did not settle: published again, or dead; done when it is acknowledged."""
         headers = content.properties.headers
         counts = counts_of(headers).crashed()
@@ -663,7 +641,7 @@ class Consuming:
         loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = loop.create_future()
         tag = content.frame.delivery_tag
-        lane.unsettled[tag] = None
+        lane.add(tag)
         sending = self._post.copies.put([posting], time.monotonic() + _COPY_WITHIN)
 
         def sent(sending: "asyncio.Future[list[Outcome]]") -> None:
@@ -676,7 +654,7 @@ class Consuming:
                 loop.call_later(_AGAIN_AFTER, give_up)
 
         def give_up() -> None:
-            self._post.remember(message.id)
+            self._post.remember(message.id, counts.number)
             lane.give_back(tag)  # it comes again
             finish()
 
@@ -702,7 +680,7 @@ class Consuming:
             self._lose(delivery)
         self.wake()
 
-    def _on_gone(self, lane: _Lane, why: JobsError) -> None:
+    def _on_gone(self, lane: Lane, why: JobsError) -> None:
         if lane is self._gets:
             self._gets = None
         elif lane is self._pushes:

@@ -16,8 +16,9 @@ from pamqp import commands
 
 from mindtrace.jobs.backend import DeadLetters
 from mindtrace.jobs.backends.rabbitmq.admin import Admin
-from mindtrace.jobs.backends.rabbitmq.channels import Channel, Content
+from mindtrace.jobs.backends.rabbitmq.channels import Content
 from mindtrace.jobs.backends.rabbitmq.counts import counts_of, death_of, dicts_of, errors_of, headers_of, id_of
+from mindtrace.jobs.backends.rabbitmq.lane import Lane
 from mindtrace.jobs.backends.rabbitmq.outbox import Outbox, Posting
 from mindtrace.jobs.backends.rabbitmq.topology import LEVELS, Topology
 from mindtrace.jobs.delivery import DeadFilter, DeadPage, DeadReason, DeadRecord
@@ -49,12 +50,8 @@ class _Letter:
 
 @dataclass(slots=True)
 class _Reading:
-    channel: Channel
+    lane: Lane
     taken: int = 0  # and not acknowledged
-
-    def acknowledge(self, letter: _Letter) -> None:
-        self.channel.send(commands.Basic.Ack(letter.tag, False))
-        self.taken -= 1
 
 
 @dataclass(slots=True)
@@ -125,19 +122,15 @@ class RabbitMQDeadLetters(DeadLetters):
                     await asyncio.sleep(1 / rate)
                 some = chosen[start : start + together]
                 await self._store(some)
-                for letter in some:
-                    reading.acknowledge(letter)
+                await self._acknowledge(reading, some)
                 count += len(some)
-            await self._settled(reading.channel)
         return count
 
     async def purge(self, which: Sequence[JobId] | DeadFilter) -> int:
         """Forget them."""
         async with self._reading() as reading:
             chosen = await self._chosen(reading, which)
-            for letter in chosen:
-                reading.acknowledge(letter)
-            await self._settled(reading.channel)
+            await self._acknowledge(reading, chosen)
         return len(chosen)
 
     async def _chosen(self, reading: "_Reading", which: Sequence[JobId] | DeadFilter) -> _Letters:
@@ -179,11 +172,11 @@ class RabbitMQDeadLetters(DeadLetters):
         async with opened.reading:
             if await opened.admin.look(self._dead) is None:
                 raise QueueNotFound(self._queue)
-            reading = _Reading(await opened.admin.channel())
+            reading = _Reading(Lane(await opened.admin.channel()))
             try:
                 yield reading
             finally:
-                await asyncio.wait({reading.channel.begin_close()}, timeout=_BACK_WITHIN)
+                await asyncio.wait({reading.lane.channel.begin_close()}, timeout=_BACK_WITHIN)
                 # The queue has them back a moment later: who counts next would count too few.
                 until = time.monotonic() + _BACK_WITHIN
                 while reading.taken and time.monotonic() < until:
@@ -196,21 +189,26 @@ class RabbitMQDeadLetters(DeadLetters):
         """All there are."""
         frame = commands.Basic.Get(queue=self._dead)
         while True:
-            replies = [reading.channel.begin(frame) for _ in range(_TOGETHER)]
+            replies = [reading.lane.channel.begin(frame) for _ in range(_TOGETHER)]
             last = False
             for reply in replies:
-                content = await reading.channel.reply(reply)
+                content = await reading.lane.channel.reply(reply)
                 if isinstance(content, Content):
                     reading.taken += 1
+                    reading.lane.add(content.frame.delivery_tag)
                     yield self._letter(content)
                 else:
                     last = True
             if last:
                 return
 
-    async def _settled(self, channel: Channel) -> None:
-        """The acknowledgements have arrived once a later call is answered."""
-        await channel.call(commands.Basic.Qos(prefetch_count=1))
+    async def _acknowledge(self, reading: "_Reading", letters: Sequence[_Letter]) -> None:
+        """They are gone from the queue when this returns."""
+        for start in range(0, len(letters), _TOGETHER):
+            reading.lane.acknowledge(letter.tag for letter in letters[start : start + _TOGETHER])
+            if await reading.lane.flush(self._dead) is not None:
+                reading.taken += 1
+        reading.taken -= len(letters)
 
     def _letter(self, content: Content) -> _Letter:
         properties = content.properties

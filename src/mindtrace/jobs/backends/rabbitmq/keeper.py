@@ -37,13 +37,13 @@ class Post:
         self.link: Link = Link(address, "consume", random)
         self.admin: Admin = Admin(self.link, topology)
         self.copies: Outbox = Outbox(address, "copies", random)
-        self.given_back: dict[str, None] = {}
-        """Ids of jobs that a receiver here gave back without settling them, the last thousands."""
+        self.given_back: dict[tuple[str, int], None] = {}
+        """Ids and numbers of deliveries that a receiver here gave back without settling them, the last thousands."""
         self.link.start()
 
-    def remember(self, job_id: str) -> None:
-        """A job is given back: whoever gets it next counts a crash."""
-        self.given_back[job_id] = None
+    def remember(self, job_id: str, number: int) -> None:
+        """A delivery is given back: whoever gets the job next counts a crash."""
+        self.given_back[job_id, number] = None
         if len(self.given_back) > _REMEMBERED:
             del self.given_back[next(iter(self.given_back))]
 
