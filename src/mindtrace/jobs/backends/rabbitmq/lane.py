@@ -25,12 +25,12 @@ class Lane:
         self.channel: Channel = channel
         self.receipts: str = secrets.token_hex(8)
         self._out: dict[int, None] = {}
-        self._frames = 0
+        self._acknowledged = 0
 
     @property
     def is_dirty(self) -> bool:
         """Whether acknowledgements may wait in the channel."""
-        return self._frames > _FEW and not self.channel.is_closed
+        return self._acknowledged > _FEW and not self.channel.is_closed
 
     def add(self, tag: int) -> None:
         """A message has come."""
@@ -53,7 +53,7 @@ class Lane:
             del self._out[tag]
             if tag > prefix:
                 frames.append(commands.Basic.Ack(tag, False))
-        self._frames += len(frames)
+        self._acknowledged += len(done)  # each message that was got is a command of its own, in whatever frame
         self.channel.send(*frames)
 
     def give_back(self, tag: int) -> None:
@@ -73,7 +73,7 @@ class Lane:
         """
         content = await self.channel.call(commands.Basic.Get(queue=queue))
         await self.channel.call(commands.Basic.Qos(prefetch_count=1))
-        self._frames = 0
+        self._acknowledged = 0
         if not isinstance(content, Content):
             return None
         self.add(content.frame.delivery_tag)
