@@ -161,10 +161,10 @@ class Opaque(Wire):
 
 
 class Amqp(Wire):
-    """What RabbitMQ speaks: AMQP 0-9-1. Each frame counts, by the name of its method, `QUEUE.DECLARE-OK`, or as `HEADER`
-    or `BODY`; heartbeats and the eight bytes at the start do not.
+    """What RabbitMQ speaks: AMQP 0-9-1. Each frame counts; heartbeats and the eight bytes at the start do not.
 
-    Which frame answers which is not told: `cut_at`, where `cut_reply` never strikes.
+    Its name is that of its method, `QUEUE.DECLARE-OK`, or `HEADER` or `BODY`. Which frame answers which is not told, so
+    `cut_at` is for it, and `cut_reply` never strikes.
     """
 
     handshake: ClassVar[Collection[bytes]] = frozenset(
@@ -226,7 +226,10 @@ _FRAME_HEAD = struct.Struct(">BHI")
 _METHOD_HEAD = struct.Struct(">HH")
 _FRAME_KINDS: Final[Mapping[int, bytes]] = {1: b"", 2: b"HEADER", 3: b"BODY", 8: b""}
 _CLASSES: Final[Mapping[int, tuple[str, Mapping[int, str]]]] = {
-    10: ("CONNECTION", {10: "START", 20: "SECURE", 30: "TUNE", 40: "OPEN", 50: "CLOSE", 60: "BLOCKED", 61: "UNBLOCKED"}),
+    10: (
+        "CONNECTION",
+        {10: "START", 20: "SECURE", 30: "TUNE", 40: "OPEN", 50: "CLOSE", 60: "BLOCKED", 61: "UNBLOCKED"},
+    ),
     20: ("CHANNEL", {10: "OPEN", 20: "FLOW", 40: "CLOSE"}),
     40: ("EXCHANGE", {10: "DECLARE", 20: "DELETE", 30: "BIND", 40: "UNBIND", 51: "UNBIND-OK"}),
     50: ("QUEUE", {10: "DECLARE", 20: "BIND", 30: "PURGE", 40: "DELETE", 50: "UNBIND"}),

@@ -252,9 +252,8 @@ class RabbitMQBackend(Backend):
         if not force:
             kept = await opened.admin.look(self._topology.queue(queue))
             mine = sum(receiver.leased(queue) for receiver in opened.receivers)
-            others = (0 if kept is None else kept.consumers) - sum(
-                receiver.consumes for receiver in opened.receivers if queue in receiver.queues
-            )
+            ours = sum(receiver.consumers(queue) for receiver in opened.receivers)
+            others = 0 if kept is None else kept.consumers - ours
             if depth.dead or mine or others > 0:
                 counts = {"leased": mine, "dead": depth.dead}
                 raise QueueInUse(queue, counts | ({"consumers": others} if others > 0 else {}))

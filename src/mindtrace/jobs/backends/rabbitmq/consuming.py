@@ -77,6 +77,7 @@ class Call:
 @dataclass(slots=True)
 class _Held:
     queue: str
+    consumer: str  # its tag; of what was got one of its own
     lane: Lane
     tag: int
     counts: Counts
@@ -138,10 +139,10 @@ class Consuming:
         self._ended = False
         self._died = datetime.fromtimestamp(0, UTC)
 
-    @property
-    def is_active(self) -> bool:
-        """Whether the server pushes."""
-        return bool(self._active)
+    def consumers(self, queue: str) -> int:
+        """How many the server counts for it: those that it pushes to, those that hold something, and each get."""
+        tags = {held.consumer for held in list(self.held.values()) if held.queue == queue}
+        return len(tags | {tag for tag in list(self._active) if self._consumers.get(tag) == queue})
 
     def call(self, pairs: Pairs, limit: int, wait: float) -> Call:
         """For `exchange`."""
@@ -226,6 +227,8 @@ class Consuming:
                 timer.cancel()
         try:
             async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                if self._turn is not None:
+                    await self._turn.acquire()  # for good: an exchange under way may still wait for its copies
                 await self._pause()
                 held = list(self.held)
                 for ahead in self._ahead.values():
@@ -264,7 +267,7 @@ class Consuming:
         acks: list[_Held] = []
         copies: list[tuple[int, Delivery, _Held, Posting]] = []
         for delivery, settlement in pairs:
-            held = self.held.pop(delivery, None)
+            held = self.held.get(delivery)
             if held is None or held.lane.channel.is_closed:
                 answers.append(LeaseLost(delivery.message.id))
                 continue
@@ -273,6 +276,7 @@ class Consuming:
                 acks.append(held)
             else:
                 copies.append((len(answers) - 1, delivery, held, self._copy(delivery, held, settlement)))
+            del self.held[delivery]
         self._acknowledge(acks)
         if copies:
             deadline = time.monotonic() + _COPY_WITHIN if until is None else until
@@ -372,7 +376,7 @@ class Consuming:
         if self._active and call.wait <= 0 and not call.pairs and not self._any_ahead():
             await self._pause()  # that nothing was pushed yet is no proof that there is nothing
         if not self._active and len(self._names) <= _GET_AT_MOST and not self._any_ahead():
-            await self._get(limit, max(_CONNECT_WITHIN, call.wait))
+            await self._get(limit, 0.0 if call.pairs else max(_CONNECT_WITHIN, call.wait))
         # Of several queues the server would push ahead as many from each: only while there is nothing to get.
         if call.wait > 0 and not call.gone and (not self._any_ahead() or (call.pairs and len(self._names) == 1)):
             await self._consume(call, until)
@@ -432,7 +436,7 @@ class Consuming:
                         await self._changed.wait()
                 except TimeoutError:
                     continue
-                if takes and self._pushes is None and not self._ended:
+                if takes and not self._active and not self._ended:  # the line was lost, or the queue is gone
                     self.is_waiting = False
                     await self._consume(call, until)
         finally:
@@ -485,14 +489,24 @@ class Consuming:
         Raises:
             BackendUnavailable: no connection within so many seconds.
         """
-        line: Line = await self._post.link.connected(within)
-        channel = await line.channel()
+        channel = await (await self._line(time.monotonic() + within)).channel()
         if self._ended:
             channel.begin_close()
             raise Closed("the receiver was left, or its backend closed")
         lane = Lane(channel)
         channel.gone.add_done_callback(lambda gone: self._on_gone(lane, gone.result()))
         return lane
+
+    async def _line(self, until: float) -> Line:
+        """In small steps: a nudge ends this wait, too."""
+        while True:
+            try:
+                return await self._post.link.connected(min(_TICK, max(0.0, until - time.monotonic())))
+            except AuthenticationFailed:
+                raise
+            except BackendUnavailable:
+                if time.monotonic() >= until or self.nudged or self._ended:
+                    raise
 
     async def _gets_lane(self, within: float) -> Lane:
         if self._gets is None:
@@ -558,6 +572,9 @@ class Consuming:
             _log.debug("a consumer was not cancelled in order: %s", error)
 
     async def _fetch_returned(self, name: str) -> None:
+        if await self._post.admin.look(self._topology.queue(name)) is None:
+            self.lose_all(name)
+            return
         lane = await self._gets_lane(_CONNECT_WITHIN)
         while True:
             content = await lane.channel.call(commands.Basic.Get(queue=self._topology.queue(name)))
@@ -595,13 +612,14 @@ class Consuming:
             None,
             counts.crash_limit,
         )
+        consumer: str = getattr(content.frame, "consumer_tag", f"got {tag}")
         deadline = math.inf if self._lease is None else time.monotonic() + self._lease
         receipt = f"{lane.receipts}:{tag}"
         delivery = Delivery(
             queue, message, counts.attempts, counts.crashes, counts.releases, counts.number, receipt, deadline
         )
         lane.add(tag)
-        self.held[delivery] = _Held(queue, lane, tag, counts, properties.headers)
+        self.held[delivery] = _Held(queue, consumer, lane, tag, counts, properties.headers)
         self._ahead[queue].append(delivery)
         if self._ahead_timer is None:
             self._fetched_at = time.monotonic()

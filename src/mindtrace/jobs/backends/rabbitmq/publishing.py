@@ -27,6 +27,16 @@ PUBLISH_WITHIN = 10.0
 NAME = "rabbitmq"
 
 
+class _Turn:
+    """Those who prepare a publish to one queue, one at a time."""
+
+    __slots__ = ("lock", "users")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
 class Publisher:
     """Publishes to the queues of one namespace.
 
@@ -40,7 +50,7 @@ class Publisher:
         self._outbox, self._admin, self._topology = outbox, admin, topology
         self.specs: dict[str, QueueSpec | None] = {}
         """What is known of queues; None for one that somebody else declared, or that nobody may look at."""
-        self._turns: dict[str, asyncio.Lock] = {}  # of queues of which a publish is being prepared
+        self._turns: dict[str, _Turn] = {}  # of queues of which a publish is being prepared
 
     async def publish(self, queue: str, messages: Sequence[Message]) -> list[Published]:
         """One outcome each, in order."""
@@ -60,11 +70,10 @@ class Publisher:
 
     async def _prepared(self, queue: str, messages: Sequence[Message], deadline: float) -> list[Published]:
         """Publish what needs a look at the server first; publishes to one queue in their order."""
-        turn = self._turns.get(queue)
-        if turn is None:
-            turn = self._turns[queue] = asyncio.Lock()
+        turn = self._turns.setdefault(queue, _Turn())
+        turn.users += 1
         try:
-            async with turn:
+            async with turn.lock:
                 try:
                     async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
                         spec = await self._spec(queue)
@@ -80,7 +89,8 @@ class Publisher:
                 if spec is not None and spec.max_length is not None:
                     await asyncio.wait({sending})  # or who comes next counts without them
         finally:
-            if not turn.locked() and self._turns.get(queue) is turn:
+            turn.users -= 1
+            if not turn.users:
                 del self._turns[queue]
         sent = iter(await sending)
         return [

@@ -9,7 +9,7 @@ from mindtrace.jobs.backend import Home, Receiver
 from mindtrace.jobs.backends.rabbitmq.consuming import Consuming, Pairs
 from mindtrace.jobs.backends.rabbitmq.keeper import Keeper
 from mindtrace.jobs.delivery import Delivery, Exchanged, Settled
-from mindtrace.jobs.errors import Closed, JobsError, LeaseLost
+from mindtrace.jobs.errors import Closed, LeaseLost
 
 LEAVE_WITHIN = 4.0
 
@@ -41,7 +41,6 @@ class RabbitMQReceiver(Receiver):
         self._home, self._keeper, self._lost = home, keeper, lost
         self._loop = asyncio.get_running_loop()
         self._ended = False
-        self.queues: frozenset[str] = frozenset(queues)
         self._consuming = Consuming(
             keeper.post,
             queues,
@@ -54,14 +53,18 @@ class RabbitMQReceiver(Receiver):
             ask=self._ask,
         )
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was left, or its backend closed."""
+        return self._ended
+
     def leased(self, queue: str) -> int:
         """How many jobs of a queue it holds."""
         return sum(delivery.queue == queue for delivery in list(self._consuming.held))  # one step of the interpreter
 
-    @property
-    def consumes(self) -> int:
-        """How many consumers the server counts for it on each of its queues."""
-        return int(self._consuming.is_active)
+    def consumers(self, queue: str) -> int:
+        """How many consumers the server counts for it."""
+        return self._consuming.consumers(queue)
 
     async def exchange(self, pairs: Pairs, limit: int, *, wait: float = 0.0) -> Exchanged:
         """Settle and take; a caller who is cancelled misses nothing, the next call has it."""
@@ -74,31 +77,36 @@ class RabbitMQReceiver(Receiver):
         call = self._consuming.call(pairs, limit, wait)
 
         async def carried_out() -> None:
-            result: Exchanged | JobsError
+            result: Exchanged | Exception
             try:
                 result = await self._consuming.exchange(call)
-            except JobsError as error:
+            except Exception as error:  # a settlement that cannot be written down, say: the caller is told
                 result = error
             try:
                 self._loop.call_soon_threadsafe(given, result)
             except RuntimeError:  # that loop is closed: nobody will ever settle what it held
                 self._consuming.abandon()
 
-        def given(result: Exchanged | JobsError) -> None:
+        def given(result: Exchanged | Exception) -> None:
             if answer.done():  # the caller was cancelled
                 if isinstance(result, Exchanged) and result.deliveries:
                     self._keeper.call(self._consuming.put_back, result.deliveries)
-            elif isinstance(result, JobsError):
+            elif isinstance(result, Exception):
                 answer.set_exception(result)
             else:
                 answer.set_result(result)
 
         self._keeper.begin(carried_out)
         try:
-            return await answer
+            exchanged = await answer
         except asyncio.CancelledError:
             self._keeper.call(self._consuming.end_wait, call)
             raise
+        if not self.has_ended:
+            return exchanged
+        if not pairs:  # ended meanwhile, which releases what was taken
+            raise Closed("the receiver was left, or its backend closed")
+        return Exchanged(exchanged.settled, [], exchanged.missing)
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Settled]:
         """Whether they are still held; from any thread."""

@@ -39,6 +39,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mindtrace.jobs.backend import QueueSpec
+from mindtrace.jobs.retry import MAX_DELAY
 
 DEFAULT_NAMESPACE = "mtj"
 UNIT = 0.1
@@ -128,7 +129,7 @@ class Topology:
 
     def units(self, delay: float) -> int:
         """A delay in units, rounded up."""
-        return math.ceil(round(delay / self.unit, 6))
+        return math.ceil(round(min(delay, MAX_DELAY) / self.unit, 6)) if delay > 0 else 0
 
     def delayed(self, name: str, units: int) -> tuple[str, str]:
         """The exchange and the routing key of a delay of 1 unit or more."""
