@@ -1,4 +1,4 @@
-"""compose.yaml and the set-up of Redis on the README: safe, for this machine alone, and the same flags everywhere."""
+"""compose.yaml and the set-up of both brokers on the README: safe, local to this machine, the same flags everywhere."""
 
 import os
 import re
@@ -27,12 +27,14 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 FOR_TESTS = [name for name, service in SERVICES.items() if "test" in service.get("profiles", ())]
 FOR_PEOPLE = [name for name in SERVICES if name not in FOR_TESTS]
 REDIS = ["redis", "redis-test"]
+RABBITMQ = ["rabbitmq", "rabbitmq-test"]
 
 PINNED = r"[a-z][a-z/]*:\d+\.\d+(\.\d+)*(-[a-z][\w.-]*)?"
 
 # What the file says so far. A key misspelt is none of these, and compose would refuse it.
 KEYS = {"command", "healthcheck", "image", "mem_limit", "ports", "profiles", "restart", "tmpfs", "volumes"}
-HEALTH_KEYS = {"test", "interval", "timeout", "retries"}
+KEYS |= {"configs", "environment", "hostname", "stop_grace_period"}
+HEALTH_KEYS = {"test", "interval", "timeout", "retries", "start_period"}
 
 
 def flags(words: Sequence[str]) -> dict[str, str]:
@@ -56,9 +58,9 @@ def bash_lines() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
 
 
-def test_up_starts_redis_and_nothing_else() -> None:
+def test_up_starts_the_two_brokers_and_nothing_else() -> None:
     assert COMPOSE["name"] == "mindtrace-jobs"
-    assert [name for name, service in SERVICES.items() if not service.get("profiles")] == ["redis"]
+    assert [name for name, service in SERVICES.items() if not service.get("profiles")] == ["redis", "rabbitmq"]
 
 
 @pytest.mark.parametrize("name", FOR_PEOPLE)
@@ -69,6 +71,11 @@ def test_every_port_is_published_on_loopback_and_can_be_moved(name: str) -> None
 
 def test_redis_is_at_its_usual_port_unless_told_otherwise() -> None:
     assert SERVICES["redis"]["ports"] == ["127.0.0.1:${REDIS_PORT:-6379}:6379"]
+
+
+def test_rabbitmq_is_at_its_usual_ports_unless_told_otherwise() -> None:
+    ports = ["127.0.0.1:${AMQP_PORT:-5672}:5672", "127.0.0.1:${AMQP_UI_PORT:-15672}:15672"]
+    assert SERVICES["rabbitmq"]["ports"] == ports
 
 
 def test_no_two_services_share_a_port() -> None:
@@ -114,6 +121,43 @@ def test_redis_is_healthy_once_it_answers_without_an_error(name: str) -> None:
     assert (health["interval"], health["timeout"], health["retries"]) == ("2s", "2s", 15)
 
 
+@pytest.mark.parametrize("name", RABBITMQ)
+def test_rabbitmq_is_healthy_once_it_listens_and_has_time_to_stop(name: str) -> None:
+    service = SERVICES[name]
+    health = service["healthcheck"]
+    assert health["test"] == ["CMD", "rabbitmq-diagnostics", "-q", "check_port_connectivity"]
+    assert (health["start_period"], service["stop_grace_period"]) == ("20s", "30s")
+
+
+@pytest.mark.parametrize("name", RABBITMQ)
+def test_rabbitmq_has_the_user_of_the_snippets_unless_told_otherwise(name: str) -> None:
+    """Not guest, who may log in only from inside the container; and what the private brokers tell compose."""
+    told = {"RABBITMQ_DEFAULT_USER": "user", "RABBITMQ_DEFAULT_PASS": "password"}
+    assert SERVICES[name]["environment"] == {key: f"${{{key}:-{value}}}" for key, value in told.items()}
+
+
+@pytest.mark.parametrize("name", RABBITMQ)
+def test_rabbitmq_has_limits_of_its_own_and_a_name_that_stays(name: str) -> None:
+    """Its data folder is named after its host: with a name of Docker's making a new container would find no jobs."""
+    service = SERVICES[name]
+    assert service["hostname"] == "rabbitmq"
+    [config] = service["configs"]
+    assert config["target"].startswith("/etc/rabbitmq/conf.d/")
+    lines = COMPOSE["configs"][config["source"]]["content"].splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        "disk_free_limit.absolute = 50MB",
+        "vm_memory_high_watermark.relative = 0.6",
+    ]
+    assert [line for line in lines if line.startswith("# consumer_timeout = ")]
+
+
+@pytest.mark.parametrize("name", RABBITMQ)
+def test_rabbitmq_has_room_for_its_files_on_tmpfs(name: str) -> None:
+    service = SERVICES[name]
+    files = sum(mebibytes(mount.partition("size=")[2]) for mount in service.get("tmpfs", ()))
+    assert mebibytes(service["mem_limit"]) - files >= 1024
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_service_has_a_health_check_a_memory_limit_and_comes_back(name: str) -> None:
     service = SERVICES[name]
@@ -122,9 +166,10 @@ def test_every_service_has_a_health_check_a_memory_limit_and_comes_back(name: st
     assert service["restart"] == "unless-stopped"
 
 
-def test_redis_keeps_its_data_in_a_volume() -> None:
-    assert SERVICES["redis"]["volumes"] == ["redis-data:/data"]
-    assert "redis-data" in COMPOSE["volumes"]
+@pytest.mark.parametrize(("name", "folder"), [("redis", "/data"), ("rabbitmq", "/var/lib/rabbitmq")])
+def test_a_broker_keeps_its_data_in_a_volume(name: str, folder: str) -> None:
+    assert SERVICES[name]["volumes"] == [f"{name}-data:{folder}"]
+    assert f"{name}-data" in COMPOSE["volumes"]
 
 
 @pytest.mark.parametrize("name", FOR_TESTS)
@@ -137,9 +182,10 @@ def test_what_is_for_tests_has_no_port_of_its_own_and_no_data_on_disk(name: str)
     assert "container_name" not in service
 
 
-def test_redis_for_tests_has_its_data_on_tmpfs() -> None:
-    [mount] = SERVICES["redis-test"]["tmpfs"]
-    assert mount.startswith("/data:size=")
+@pytest.mark.parametrize(("name", "folder"), [("redis-test", "/data"), ("rabbitmq-test", "/var/lib/rabbitmq")])
+def test_a_broker_for_tests_has_its_data_on_tmpfs(name: str, folder: str) -> None:
+    [mount] = SERVICES[name]["tmpfs"]
+    assert mount.startswith(f"{folder}:size=")
 
 
 # Docker, in as far as the private brokers talk to it: it reads the file, and "publishes" a port where a Redis is.
@@ -175,25 +221,37 @@ match sys.argv[1:]:
 @pytest.mark.redis
 @pytest.mark.uses_broker("redis")
 def test_the_private_brokers_find_the_redis_for_tests(tmp_path: Path) -> None:
-    with brokers.redis(private=True) as inside:
-        script, docker = tmp_path / "docker.py", tmp_path / "bin" / "docker"
-        script.write_text(DOCKER.replace("PORT", str(urlsplit(inside.url).port)))
-        docker.parent.mkdir()
-        docker.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(script)])} "$@"\n')
-        docker.chmod(0o755)
-        environ = {"PATH": str(docker.parent), "MTJ_TEST_APT": "0"}
-        with brokers.redis(machine=Machine(environ=environ, root=tmp_path, compose=FILE)) as broker:
-            assert (broker.source, broker.url) == ("docker compose", inside.url)
+    with brokers.redis(private=True) as inside, brokers.redis(machine=with_docker(tmp_path, inside.url)) as broker:
+        assert (broker.source, broker.url) == ("docker compose", inside.url)
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.uses_broker("rabbitmq")
+def test_the_private_brokers_find_the_rabbitmq_for_tests(tmp_path: Path, rabbitmq_url: str) -> None:
+    port = urlsplit(rabbitmq_url).port
+    with brokers.rabbitmq(machine=with_docker(tmp_path, rabbitmq_url)) as broker:
+        assert (broker.source, broker.url) == ("docker compose", f"amqp://user:password@127.0.0.1:{port}/")
+
+
+def with_docker(folder: Path, url: str) -> Machine:
+    """A machine that has nothing but Docker, and this server in it."""
+    script, docker = folder / "docker.py", folder / "bin" / "docker"
+    script.write_text(DOCKER.replace("PORT", str(urlsplit(url).port)))
+    docker.parent.mkdir()
+    docker.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(script)])} "$@"\n')
+    docker.chmod(0o755)
+    return Machine(environ={"PATH": str(docker.parent), "MTJ_TEST_APT": "0"}, root=folder, compose=FILE)
 
 
 def test_compose_takes_every_word_of_the_file() -> None:
     """Its plugin says so, where there is one. What would stop it elsewhere is looked for by hand, and always."""
-    assert {key for key in COMPOSE if not key.startswith("x-")} == {"name", "services", "volumes"}
+    assert {key for key in COMPOSE if not key.startswith("x-")} == {"configs", "name", "services", "volumes"}
     for service in SERVICES.values():
         assert set(service) <= KEYS
         assert set(service["healthcheck"]) <= HEALTH_KEYS
         assert {volume.partition(":")[0] for volume in service.get("volumes", ())} <= set(COMPOSE["volumes"])
-        assert all(type(word) is str for word in service["command"])
+        assert {config["source"] for config in service.get("configs", ())} <= set(COMPOSE["configs"])
+        assert all(type(word) is str for word in service.get("command", ()))
     docker = shutil.which("docker")
     if docker and run(docker, "compose", "version").returncode == 0:
         told = run(docker, "compose", "--file", str(FILE), "--profile", "test", "config", "--quiet")
@@ -202,7 +260,8 @@ def test_compose_takes_every_word_of_the_file() -> None:
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """Without the variables that compose would read."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("COMPOSE_", "REDIS_"))}
+    theirs = ("AMQP_", "COMPOSE_", "RABBITMQ_", "REDIS_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
     return subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
 
 
@@ -213,7 +272,8 @@ def test_the_sdist_has_the_file() -> None:
 
 # The README.
 
-SETUP = """**Setup Redis:**
+SETUPS = [
+    """**Setup Redis:**
 ```bash
 # Local installation
 redis-server
@@ -224,11 +284,20 @@ docker run -d --name redis -p 6379:6379 redis:latest
 # Test connection
 redis-cli ping\x20
 ```
-"""
+""",
+    """**Setup RabbitMQ:**
+```bash
+# Using Docker (recommended)
+docker run -d --name rabbitmq -p 5672:5672 -p 15672:15672 -e RABBITMQ_DEFAULT_USER=user\
+ -e RABBITMQ_DEFAULT_PASS=password rabbitmq:3-management
+```
+""",
+]
 
 
-def test_the_set_up_that_people_know_is_on_the_readme_word_for_word() -> None:
-    assert SETUP in README
+@pytest.mark.parametrize("setup", SETUPS, ids=["redis", "rabbitmq"])
+def test_the_set_up_that_people_know_is_on_the_readme_word_for_word(setup: str) -> None:
+    assert setup in README
 
 
 def test_the_readme_starts_redis_with_the_flags_that_keep_jobs() -> None:
@@ -236,9 +305,12 @@ def test_the_readme_starts_redis_with_the_flags_that_keep_jobs() -> None:
     assert flags(shlex.split(line)[1:]) == REDIS_DURABILITY
 
 
-def test_the_readme_starts_compose_and_names_where_that_redis_is() -> None:
-    assert "docker compose up -d --wait" in bash_lines()
-    [url] = [line.partition("=")[2] for line in bash_lines() if line.startswith("export MINDTRACE_JOBS_URL=")]
-    [port] = SERVICES["redis"]["ports"]
-    host, inside = re.sub(r"\$\{REDIS_PORT:-(\d+)\}", r"\1", port).rsplit(":", 1)
-    assert (url, inside) == (f"redis://{host}/0", "6379")
+@pytest.mark.parametrize(
+    ("name", "variable", "url"),
+    [("redis", "REDIS_PORT", "redis://{}/0"), ("rabbitmq", "AMQP_PORT", "amqp://user:password@{}/")],
+)
+def test_the_readme_starts_compose_and_names_where_that_broker_is(name: str, variable: str, url: str) -> None:
+    assert f"docker compose up -d --wait {name}" in bash_lines()
+    urls = [line.partition("=")[2] for line in bash_lines() if line.startswith("export MINDTRACE_JOBS_URL=")]
+    port, *_ = SERVICES[name]["ports"]
+    assert url.format(re.sub(rf"\$\{{{variable}:-(\d+)\}}", r"\1", port).rsplit(":", 1)[0]) in urls

@@ -90,6 +90,7 @@ class Admin:
                 exchange(exchange=topology.priority_exchange, exchange_type="direct", durable=True),
                 commands.Queue.Bind(queue=queue, exchange=topology.priority_exchange, routing_key=queue),
             ]
+        calls += self._written_down()
         await self._on_a_channel(lambda channel: _all(channel, calls))
 
     async def spec_of(self, name: str) -> QueueSpec | None:
@@ -159,8 +160,21 @@ class Admin:
                 commands.Queue.Bind(queue=hold.name, exchange=hold.name, routing_key=hold.held_pattern),
                 commands.Exchange.Bind(destination=hold.below, source=hold.name, routing_key=hold.passed_pattern),
             ]
+        calls += self._written_down()
         await self._on_a_channel(lambda channel: _all(channel, calls))
         self._units = units.bit_length()
+
+    def _written_down(self) -> list[Frame]:
+        """Makes another quorum queue, and deletes it.
+
+        The newest one of a server is written down with the one after it, or half a second later: killed before that,
+        3.10.8 came back with an empty queue, and what was confirmed in it was gone. So the newest is one of no worth.
+        """
+        newest = self._topology.newest_queue
+        return [
+            commands.Queue.Declare(queue=newest, durable=True, arguments=dict(self._topology.dead_arguments)),
+            commands.Queue.Delete(queue=newest),
+        ]
 
     def forget_holds(self) -> None:
         """They were not all there: make them again before the next delay."""

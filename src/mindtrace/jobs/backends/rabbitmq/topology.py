@@ -95,6 +95,7 @@ class Topology:
         self.due_exchange: str = f"{namespace}:due"
         self.gone_exchange: str = f"{namespace}:{GONE}"
         self.gone_queue: str = self.dead(GONE)
+        self.newest_queue: str = f"{namespace}:newest.hold"
         self.due_arguments: Arguments = {"alternate-exchange": self.gone_exchange}
 
     def queue(self, name: str) -> str:
