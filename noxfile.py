@@ -13,9 +13,12 @@ import atexit
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
@@ -199,10 +202,40 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
         install(session, "-e", ".", *group("test"))
         session.env["COVERAGE_FILE"] = str(Path(session.virtualenv.location, "coverage"))
         session.run("coverage", "erase")
-        session.run("coverage", "run", "-m", *PYTEST, *session.posargs, interrupt_timeout=STOPPING)
-        if not session.posargs:  # what some of the tests leave uncovered says little
-            session.run("coverage", "combine", "--quiet")
-            session.run("coverage", "report")
+        if session.posargs:  # what some of the tests leave uncovered says little
+            session.run("coverage", "run", "-m", *PYTEST, *session.posargs, interrupt_timeout=STOPPING)
+            return
+        with beside(session, "-m", "rabbitmq"):  # these wait for their broker most of the time
+            session.run("coverage", "run", "-m", *PYTEST, "-m", "not rabbitmq", interrupt_timeout=STOPPING)
+        session.run("coverage", "combine", "--quiet")
+        session.run("coverage", "report")
+
+    @contextmanager
+    def beside(session: nox.Session, *words: str) -> Iterator[None]:
+        """Run other tests meanwhile; what they said follows at the end, and their failure is the session's."""
+        report = Path(session.virtualenv.location, "beside.txt")
+        cache = f"cache_dir={CACHE / 'pytest-beside'}"
+        command = [session.bin + "/coverage", "run", "-m", "pytest", "-o", cache, *words]
+        env = {name: value for name, value in {**os.environ, **session.env}.items() if value is not None}
+        with report.open("wb") as output:
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+            try:
+                yield
+            except BaseException:
+                if sys.exc_info()[0] is KeyboardInterrupt:
+                    process.send_signal(signal.SIGINT)
+                raise
+            finally:
+                try:
+                    process.wait()
+                except BaseException:
+                    process.terminate()
+                    process.wait(STOPPING)
+                    raise
+                finally:
+                    print(report.read_text("utf-8", "replace"), flush=True)
+        if process.returncode:
+            session.error(f"the tests with {' '.join(words)} failed: {process.returncode}")
 
     def say_which_interpreters() -> None:
         """The last line, below nox's own summary."""
@@ -243,6 +276,7 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
         session.run("mindtrace-jobs", "bench", *session.posargs, interrupt_timeout=STOPPING)
         session.run("python", "tests/bench/compare.py", interrupt_timeout=STOPPING)
         session.run("python", "tests/bench/compare_redis.py", interrupt_timeout=STOPPING)
+        session.run("python", "tests/bench/compare_rabbitmq.py", interrupt_timeout=STOPPING)
 
     @nox.session
     def build(session: nox.Session) -> None:

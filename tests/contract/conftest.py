@@ -1,11 +1,15 @@
 """One `backend` for every test of the contract: all there are, each in turn."""
 
 import asyncio
+import contextlib
 import itertools
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 import aiormq
 import pytest
@@ -14,6 +18,8 @@ from redis import Redis
 from mindtrace.jobs import Backend, Depth, QueueSpec, RabbitMQBackend, RedisBackend
 from mindtrace.jobs.backends.local import LocalBackend
 from mindtrace.jobs.backends.rabbitmq.topology import LEVELS
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -49,49 +55,98 @@ def on_redis(request: pytest.FixtureRequest) -> Iterator[Callable[[], tuple[str,
             server.execute_command("ACL", "DELUSER", *users)
 
 
-class Recorded:
-    """The queues that a test declares on RabbitMQ, which lists none: deleted after it, or the server fills up."""
+class Sweeper:
+    """Deletes beside the tests, over one connection, what they left on RabbitMQ: or the server fills up."""
 
-    def __init__(self) -> None:
-        self.namespaces: list[str] = []
-        self.queues: set[str] = {"gone"}
+    def __init__(self, url: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sweeper", daemon=True)
+        self._thread.start()
+        self._connection = self._run(aiormq.connect(url))
+        self._last: Future[None] | None = None
+
+    def _run(self, work: Awaitable[T]) -> T:
+        return self._begin(work).result(30)
+
+    def _begin(self, work: Awaitable[T]) -> "Future[T]":
+        async def done() -> T:
+            return await work
+
+        return asyncio.run_coroutine_threadsafe(done(), self._loop)
+
+    def sweep(self, namespaces: Iterable[str], queues: Iterable[str]) -> None:
+        """Begin with it, once the sweep before it is over."""
+        if self._last is not None:
+            self._last.result(30)
+        self._last = self._begin(self._delete(list(namespaces), list(queues)))
+
+    async def _delete(self, namespaces: list[str], queues: list[str]) -> None:
+        channel = await self._connection.channel()
+        for ns in namespaces:
+            for name in queues:
+                await channel.queue_delete(f"{ns}:{name}", nowait=True)
+                await channel.queue_delete(f"{ns}:{name}.dead", nowait=True)
+            for name in [f"{ns}:{level}.hold" for level in range(await self._levels(ns))]:
+                await channel.queue_delete(name, nowait=True)
+                await channel.exchange_delete(name, nowait=True)
+            for name in ("priority", "due", "gone"):
+                await channel.exchange_delete(f"{ns}:{name}", nowait=True)
+        await channel.close()  # answered when all of it is done
+
+    async def _levels(self, ns: str) -> int:
+        """How many holds there are, of which the lowest came first: deleting one that is not there costs as much."""
+        channel = await self._connection.channel()
+        for level in range(LEVELS):
+            try:
+                await channel.exchange_declare(f"{ns}:{level}.hold", passive=True)
+            except aiormq.exceptions.ChannelNotFoundEntity:
+                return level
+        await channel.close()
+        return LEVELS
+
+    def close(self) -> None:
+        """Wait for the last sweep."""
+        try:
+            if self._last is not None:
+                self._last.result(30)
+            self._run(self._connection.close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+@pytest.fixture(scope="session")
+def sweeper(request: pytest.FixtureRequest) -> Iterator[Sweeper]:
+    with contextlib.closing(Sweeper(request.getfixturevalue("rabbitmq_url"))) as sweeper:
+        yield sweeper
 
 
 @pytest.fixture
 def on_rabbitmq(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], tuple[str, str]]]:
-    """Gives a URL and a namespace that no other test uses; what is declared in it is deleted afterwards."""
-    url = request.getfixturevalue("rabbitmq_url")
-    recorded = Recorded()
+    """Gives a URL and a namespace that no other test uses; what is declared in it is deleted afterwards.
+
+    RabbitMQ lists no queues, and a backend only those that are there while it is open: so each declare is noted.
+    """
+    url, sweeper = request.getfixturevalue("rabbitmq_url"), request.getfixturevalue("sweeper")
+    namespaces: list[str] = []
+    queues = {"gone"}
     declare = RabbitMQBackend.declare
 
-    async def recording(self: RabbitMQBackend, spec: QueueSpec, *, attach: bool = False) -> None:
-        recorded.queues.add(spec.name)
+    async def noting(self: RabbitMQBackend, spec: QueueSpec, *, attach: bool = False) -> None:
+        queues.add(spec.name)
         await declare(self, spec, attach=attach)
 
-    monkeypatch.setattr(RabbitMQBackend, "declare", recording)
+    monkeypatch.setattr(RabbitMQBackend, "declare", noting)
 
     def made() -> tuple[str, str]:
-        recorded.namespaces.append(f"t{secrets.token_hex(6)}")
-        return url, recorded.namespaces[-1]
+        namespaces.append(f"t{secrets.token_hex(6)}")
+        return url, namespaces[-1]
 
     yield made
-    asyncio.run(_deleted(url, recorded))
-
-
-async def _deleted(url: str, recorded: Recorded) -> None:
-    async with aiormq.connect(url) as connection:
-        channel = await connection.channel()
-        for ns in recorded.namespaces:
-            for name in recorded.queues:
-                await channel.queue_delete(f"{ns}:{name}")
-                await channel.queue_delete(f"{ns}:{name}.dead")
-            for level in range(LEVELS):
-                await channel.queue_delete(f"{ns}:{level}.hold")
-                await channel.exchange_delete(f"{ns}:{level}.hold")
-            for name in ("priority", "due", "gone"):
-                await channel.exchange_delete(f"{ns}:{name}")
+    sweeper.sweep(namespaces, queues)
 
 
 @pytest.fixture(params=BACKENDS)

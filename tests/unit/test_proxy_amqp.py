@@ -2,6 +2,7 @@
 
 import asyncio
 import struct
+from contextlib import suppress
 
 import pytest
 
@@ -63,7 +64,9 @@ async def test_a_line_is_cut_at_a_frame_after_as_much_of_it_as_was_asked_for(
         if way == "down":
             await reader.readexactly(len(START))
             writer.write(sent)
-        data = await reader.read()
+        data = b""
+        with suppress(ConnectionResetError):  # what it wrote was not all read
+            data = await reader.read()
         if way == "up":
             received.set_result(data[len(START) :])
         writer.close()

@@ -11,6 +11,8 @@ from mindtrace.jobs import Depth, Job, JobSchema, QueueSpec, RetryPolicy, curren
 
 pytestmark = pytest.mark.anyio
 
+Known = Callable[[int, int, int, int], Depth]
+
 
 def runs(most: int) -> RetryPolicy:
     return RetryPolicy(max_attempts=most, base=0.0)
@@ -100,7 +102,7 @@ async def test_a_number_at_publish_leaves_it_to_the_consumer_what_is_retried(job
 # --- how far apart
 
 
-async def test_a_function_may_say_how_long_to_wait(jobs: Any, orders: Any) -> None:
+async def test_a_function_may_say_how_long_to_wait(jobs: Any, orders: Any, known: Known) -> None:
     asked: list[tuple[str, int]] = []
 
     def delay(error: Exception, failed: int) -> float:
@@ -112,7 +114,7 @@ async def test_a_function_may_say_how_long_to_wait(jobs: Any, orders: Any) -> No
     act = raising(OSError("a"), OSError("b"), OSError("c"))
     await jobs.consume(jobs.consumer("run", act, retry=policy), 3)
     assert asked == [("a", 1), ("b", 2), ("c", 3)]
-    assert await jobs.depth("orders") == Depth(ready=0, scheduled=1, leased=0, dead=0)
+    assert await jobs.depth("orders") == known(0, 1, 0, 0)
 
 
 async def test_a_function_that_gives_none_ends_the_job(jobs: Any, orders: Any) -> None:

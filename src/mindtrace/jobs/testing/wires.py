@@ -249,6 +249,6 @@ def _frame_name(frame: bytes) -> bytes:
     if frame[0] != 1:
         return _FRAME_KINDS.get(frame[0], b"")
     group, number = _METHOD_HEAD.unpack_from(frame, _FRAME_HEAD.size)
-    title, methods = _CLASSES.get(group, (str(group), {}))
+    title, methods = _CLASSES.get(group, (str(group), dict[int, str]()))
     method = methods.get(number) or (f"{methods[number - 1]}-OK" if number - 1 in methods else str(number))
     return f"{title}.{method}".encode()

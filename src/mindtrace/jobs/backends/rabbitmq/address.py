@@ -76,12 +76,13 @@ class Address:
         """
         try:
             parts = urlsplit(url)
-            port = parts.port
+            port, readable = parts.port, True
         except ValueError:
-            # Without its cause, which quotes what stands where the port should: perhaps the end of a password.
+            parts, port, readable = urlsplit(""), None, False
+        if not readable:  # raised out here, without a context: that quotes what stands for the port, perhaps a password
             raise ConfigError(
                 "the URL's port or address is not one: amqp://host:5672/; in a password / ? # @ are %2F %3F %23 %40"
-            ) from None
+            )
         if parts.fragment or "@" in parts.path + parts.query:
             raise ConfigError("the URL has # or a second @: in a password / ? # @ are written %2F %3F %23 %40")
         if parts.scheme not in ("amqp", "amqps"):

@@ -91,6 +91,7 @@ class Channel:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self.gone.done():
             future.set_exception(self.gone.result())
+            future.add_done_callback(_seen)
         else:
             self._calls.append(future)
             self._write(marshal(frame, self.number))

@@ -1,0 +1,223 @@
+"""A line that is silent, a queue that goes away, a line lost again and again."""
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiormq
+import pytest
+
+from mindtrace.jobs import (
+    BackendUnavailable,
+    Delivery,
+    Done,
+    LeaseLost,
+    QueueFull,
+    QueueNotFound,
+    QueueSpec,
+    RabbitMQBackend,
+    Retry,
+)
+from mindtrace.jobs.testing.brokers import Broker
+from mindtrace.jobs.testing.proxy import Amqp, FaultProxy
+from mindtrace.jobs.wire import Message
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.rabbitmq]
+
+Opened = Callable[..., Awaitable[RabbitMQBackend]]
+Ctl = Callable[[str], Awaitable[None]]
+HEARTBEAT = 2
+
+
+def messages(*ids: str, **options: Any) -> list[Message]:
+    return [Message(job_id, b"{}", **options) for job_id in ids]
+
+
+async def silent(broker: Broker, opened: Opened, ways: str) -> None:
+    """The lease is lost and told of in time, the backend ends in time, and the job comes again as a crash."""
+    async with FaultProxy.to(broker.url, wire=Amqp) as proxy:
+        backend = await opened(proxy, heartbeat=HEARTBEAT)
+        queue = f"silent-{ways.replace(' ', '-')}"
+        await backend.declare(QueueSpec(queue))
+        await backend.publish(queue, messages("a"))
+        lost: asyncio.Future[Delivery] = asyncio.get_running_loop().create_future()
+        async with backend.receiver([queue], lost=lost.set_result) as receiver:
+            [delivery] = await receiver.receive(1, wait=5.0)
+            for way in ways.split():
+                getattr(proxy, way).black_hole()
+            async with asyncio.timeout(3 * (HEARTBEAT + 1)):
+                assert await lost is delivery
+            assert delivery.lost
+            assert [type(one) for one in await receiver.settle([(delivery, Done())])] == [LeaseLost]
+            started = time.monotonic()
+            await backend.aclose()
+            assert time.monotonic() - started < 5.0
+    straight = await opened()
+    async with straight.receiver([queue]) as receiver, asyncio.timeout(15):
+        while not (taken := await receiver.receive(1, wait=5.0)):
+            pass
+        assert [(one.message.id, one.crashes) for one in taken] == [("a", 1)]
+        assert await receiver.settle([(taken[0], Done())]) == [None]
+    await straight.delete(queue, force=True)
+
+
+async def test_a_silent_line_is_found_by_its_heartbeats_and_the_job_comes_again(broker: Broker, opened: Opened) -> None:
+    async with asyncio.TaskGroup() as group:
+        for ways in ("up", "down", "up down"):
+            group.create_task(silent(broker, opened, ways))
+
+
+async def test_a_queue_deleted_under_its_consumer_is_missed_not_made_again(
+    broker: Broker, namespace: str, opened: Opened
+) -> None:
+    """And what runs is told, while the leases on jobs of another queue live on."""
+    backend = await opened()
+    await backend.declare(QueueSpec("other"))
+    lost: list[Delivery] = []
+    async with backend.receiver(["jobs"], slots=2, lost=lost.append) as first, backend.receiver(["other"]) as second:
+        waiting = asyncio.create_task(first.receive(1, wait=20.0))
+        async with asyncio.timeout(10):
+            async with aiormq.connect(broker.url) as connection:
+                channel = await connection.channel()
+                while not (await channel.queue_declare(f"{namespace}:jobs", passive=True)).consumer_count:
+                    pass
+                await backend.publish("jobs", messages("a"))
+                await backend.publish("other", messages("b"))
+                [running] = await waiting
+                [other] = await second.receive(1, wait=5.0)
+                waiting = asyncio.create_task(first.exchange([], 1, wait=20.0))
+                await channel.queue_delete(f"{namespace}:jobs")
+            assert (await waiting).missing == ("jobs",)
+            while not lost:  # noqa: ASYNC110 (a list tells nobody)
+                await asyncio.sleep(0.01)
+        assert lost == [running]
+        assert [type(one) for one in await first.settle([(running, Done())])] == [LeaseLost]
+        assert (await first.exchange([], 1)).missing == ("jobs",)
+        [outcome] = await backend.publish("jobs", messages("c"))
+        assert isinstance(outcome, QueueNotFound)
+        with pytest.raises(QueueNotFound):
+            await backend.depth("jobs")
+        assert await second.settle([(other, Done())]) == [None]
+
+
+async def test_an_exchange_that_is_gone_costs_neither_the_connection_nor_a_lease(
+    broker: Broker, namespace: str, opened: Opened
+) -> None:
+    """The server closes the channel for it, 404: a new one takes its place."""
+    backend = await opened()
+    await backend.declare(QueueSpec("other", "priority"))
+    async with backend.receiver(["jobs"]) as receiver:
+        await backend.publish("jobs", messages("a"))
+        [held] = await receiver.receive(1, wait=5.0)
+        assert await backend.publish("other", messages("x", priority=1)) == ["stored"]
+        async with aiormq.connect(broker.url) as connection:
+            channel = await connection.channel()
+            await channel.exchange_delete(f"{namespace}:priority")
+        outcomes = await asyncio.gather(
+            backend.publish("other", messages("y", priority=1)), *(backend.publish("jobs", messages(n)) for n in "bcd")
+        )
+        assert outcomes[0] != ["stored"]
+        assert outcomes[1:] == [["stored"]] * 3
+        assert await receiver.settle([(held, Done())]) == [None]
+        assert not held.lost
+
+
+async def test_a_full_queue_is_full_for_who_did_not_declare_it_too(opened: Opened) -> None:
+    backend, another = await opened(), await opened()
+    await backend.declare(QueueSpec("other", max_length=2))
+    outcomes = await backend.publish("other", messages("a", "b", "c"))
+    assert [type(one) for one in outcomes] == [str, str, QueueFull]
+    [outcome] = await another.publish("other", messages("d"))
+    assert isinstance(outcome, QueueFull)
+    assert outcome.args == QueueFull("other", 2).args
+    assert (await backend.depth("other")).ready == 2
+
+
+async def test_fifty_lost_lines_leave_nothing_behind(proxy: FaultProxy, opened: Opened) -> None:
+    backend = await opened(proxy)
+    async with backend.receiver(["jobs"]) as receiver, asyncio.timeout(50):
+
+        async def once(name: str) -> None:
+            """A job that comes, is tried again, and done: by way of all four connections."""
+            assert await backend.publish("jobs", messages(name)) == ["stored"]
+            while True:
+                try:
+                    taken = await receiver.receive(1, wait=5.0)
+                except BackendUnavailable:
+                    continue
+                if not taken:
+                    continue
+                last = taken[0].message.id == name and taken[0].attempt > 1
+                settlement = Done() if last or taken[0].message.id != name else Retry(0.0)
+                if await receiver.settle([(taken[0], settlement)]) == [None] and last:
+                    break
+
+        def there() -> tuple[int, int, int, int]:
+            return len(asyncio.all_tasks()), threading.active_count(), len(os.listdir("/dev/fd")), proxy.connections
+
+        await once("first")
+        before, accepted = there(), proxy.accepted
+        assert proxy.connections == 4
+        number = 0
+        while proxy.accepted < accepted + 50:
+            proxy.reset()
+            await once(str(number := number + 1))
+        while there() != before:  # noqa: ASYNC110 (a number tells nobody)
+            await asyncio.sleep(0.01)
+
+
+async def test_a_server_out_of_memory_stores_nothing_and_still_hears_what_is_done(
+    broker: Broker, opened: Opened, ctl: Ctl
+) -> None:
+    backend = await opened()
+    async with backend.receiver(["jobs"]) as receiver:
+        assert await backend.publish("jobs", messages("a")) == ["stored"]
+        [delivery] = await receiver.receive(1, wait=5.0)
+        await ctl("vm_memory_monitor:set_vm_memory_high_watermark(0.000001)")
+        try:
+            started = time.monotonic()
+            publishing = asyncio.create_task(backend.publish("jobs", messages("b")))
+            assert await receiver.settle([(delivery, Done())]) == [None]
+            [outcome] = await publishing
+            assert 9.0 < time.monotonic() - started < 12.0
+        finally:
+            await ctl("vm_memory_monitor:set_vm_memory_high_watermark(0.8)")
+        assert isinstance(outcome, BackendUnavailable)
+        assert outcome.maybe_published
+        assert list(outcome.job_ids) == ["b"]
+        assert "blocks publishers" in str(outcome)
+        async with asyncio.timeout(15):
+            while not (taken := await receiver.receive(2, wait=5.0)):
+                pass
+        assert {one.message.id for one in taken} == {"b"}
+        assert await receiver.settle([(one, Done()) for one in taken]) == [None] * len(taken)
+        assert await backend.publish("jobs", messages("c")) == ["stored"]
+
+
+async def test_a_run_that_takes_longer_than_the_server_allows_loses_its_lease(
+    broker: Broker, opened: Opened, ctl: Ctl
+) -> None:
+    """The server closes the channel; who comes next gets the job as one that crashed."""
+    await ctl(
+        "[application:set_env(rabbit, K, V) || {K, V} <- [{channel_tick_interval, 500}, {consumer_timeout, 3000}]]"
+    )
+    try:
+        backend, another = await opened(), await opened()
+        await backend.publish("jobs", messages("a"))
+        lost: asyncio.Future[Delivery] = asyncio.get_running_loop().create_future()
+        async with backend.receiver(["jobs"], lost=lost.set_result) as receiver, asyncio.timeout(20):
+            [delivery] = await receiver.receive(1, wait=5.0)
+            assert await lost is delivery
+            assert [type(one) for one in await receiver.settle([(delivery, Done())])] == [LeaseLost]
+            async with another.receiver(["jobs"]) as second:
+                while not (taken := await second.receive(1, wait=5.0)):
+                    pass
+                assert [(one.message.id, one.crashes, one.attempt) for one in taken] == [("a", 1, 2)]
+                assert await second.settle([(taken[0], Done())]) == [None]
+    finally:
+        await ctl(
+            "[application:set_env(rabbit, K, V) || {K, V} <- [{channel_tick_interval, 60000}, {consumer_timeout, 1800000}]]"
+        )

@@ -1,0 +1,100 @@
+"""Who may not come in is told so clearly, and no password is to be read anywhere."""
+
+import logging
+import traceback
+from collections.abc import Callable
+from urllib.parse import quote
+
+import pytest
+
+from mindtrace.jobs import AuthenticationFailed, BackendUnavailable, ConfigError, JobsError, QueueSpec, RabbitMQBackend
+from mindtrace.jobs.testing.brokers import Broker
+from mindtrace.jobs.wire import Message
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.rabbitmq]
+
+CANARY = "c4n4ry/p@ss:w%rd"  # has to be quoted in a URL
+QUOTED = quote(CANARY, safe="")
+
+
+def check(text: str) -> None:
+    """The canary is not in it, however it is spelt."""
+    assert "c4n4ry" not in text.lower(), text
+
+
+def check_shown(thing: object) -> None:
+    for text in (repr(thing), str(thing), f"{thing}", repr(getattr(thing, "__dict__", None)), repr([thing])):
+        check(text)
+
+
+def check_error(error: BaseException) -> None:
+    """Its text, its facts, those of its causes, and the traceback of all of them."""
+    check("".join(traceback.format_exception(error)))
+    one: BaseException | None = error
+    while one is not None:
+        check_shown(one)
+        check(repr(one.args))
+        one = one.__cause__ or one.__context__
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """All that we and the driver log, down to DEBUG."""
+    caplog.set_level(logging.DEBUG)
+    for name in ("mindtrace.jobs", "aiormq", "aiormq.connection", "asyncio"):
+        caplog.set_level(logging.DEBUG, logger=name)
+
+    def text() -> str:
+        formatter = logging.Formatter()
+        return "\n".join(f"{formatter.format(record)} {record.args!r}" for record in caplog.records)
+
+    return text
+
+
+@pytest.mark.parametrize(
+    ("login", "path", "says"),
+    [
+        (f"user:{QUOTED}", "/", "refuses the login"),
+        (f"nobody:{QUOTED}", "/", "refuses the login"),
+        ("user:password", "/nowhere", "refuses the virtual host 'nowhere'"),
+    ],
+    ids=["wrong password", "unknown user", "unknown virtual host"],
+)
+async def test_who_is_not_let_in_is_told_why(
+    broker: Broker, login: str, path: str, says: str, logged: Callable[[], str]
+) -> None:
+    url = broker.url.replace("user:password", login).rstrip("/") + path
+    backend = RabbitMQBackend.from_url(url)
+    check_shown(backend)
+    with pytest.raises(AuthenticationFailed, match=says) as failed:
+        await backend.open()
+    check_error(failed.value)
+    await backend.aclose()
+    check_shown(backend)
+    check(logged())
+    assert "password" not in str(failed.value).replace(says, "")
+
+
+async def test_no_server_and_no_url_show_no_password(logged: Callable[[], str]) -> None:
+    backend = RabbitMQBackend.from_url(f"amqp://user:{QUOTED}@127.0.0.1:1/")
+    with pytest.raises(BackendUnavailable) as gone:
+        await backend.open()
+    check_error(gone.value)
+    for url in (f"amqp://user:{CANARY}@", f"http://user:{QUOTED}@host/", f"amqp://user:{QUOTED}@host/?x={QUOTED}"):
+        with pytest.raises(ConfigError) as wrong:
+            RabbitMQBackend.from_url(url)
+        check_error(wrong.value)
+    check(logged())
+
+
+async def test_what_is_refused_by_name_is_a_matter_of_permission(broker: Broker, namespace: str) -> None:
+    """The server keeps names that begin with amq. for itself: 403."""
+    backend = RabbitMQBackend.from_url(broker.url, namespace="amq.mine")
+    await backend.open()
+    try:
+        with pytest.raises(AuthenticationFailed, match="RabbitMQ does not allow it"):
+            await backend.declare(QueueSpec("jobs"))
+        [outcome] = await backend.publish("jobs", [Message("a", b"{}")])
+        assert isinstance(outcome, JobsError)
+    finally:
+        await backend.aclose()
