@@ -1,6 +1,7 @@
 """`Admin`: looks at queues and makes them, on a channel that is thrown away when the server refuses something."""
 
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -170,9 +171,11 @@ class Admin:
         The newest one of a server is written down with the one after it, or half a second later: killed before that,
         3.10.8 came back with an empty queue, and what was confirmed in it was gone. So the newest is one of no worth.
         """
-        newest = self._topology.newest_queue
+        newest = (
+            f"{self._topology.namespace}:{secrets.token_hex(8)}.hold"  # two who make the same one end in an error 541
+        )
         return [
-            commands.Queue.Declare(queue=newest, durable=True, arguments=dict(self._topology.dead_arguments)),
+            commands.Queue.Declare(queue=newest, durable=True, arguments=dict(self._topology.newest_arguments)),
             commands.Queue.Delete(queue=newest),
         ]
 

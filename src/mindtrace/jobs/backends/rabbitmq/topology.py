@@ -95,7 +95,6 @@ class Topology:
         self.due_exchange: str = f"{namespace}:due"
         self.gone_exchange: str = f"{namespace}:{GONE}"
         self.gone_queue: str = self.dead(GONE)
-        self.newest_queue: str = f"{namespace}:newest.hold"
         self.due_arguments: Arguments = {"alternate-exchange": self.gone_exchange}
 
     def queue(self, name: str) -> str:
@@ -123,6 +122,11 @@ class Topology:
     def dead_arguments(self) -> Arguments:
         """Of all queues of dead letters. Looking counts as a delivery, so their limit is as good as none."""
         return _DEAD_ARGUMENTS
+
+    @property
+    def newest_arguments(self) -> Arguments:
+        """Of a queue that is only made; it goes by itself should its maker die before deleting it."""
+        return {"x-queue-type": "quorum", "x-expires": 60_000}
 
     def due_pattern(self, name: str) -> str:
         """Binds a queue to what is due for it, and to nothing of a queue whose name ends in the same words."""
