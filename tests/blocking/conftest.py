@@ -22,9 +22,9 @@ CAP = 10.0  # seconds that anything may take before the test gives up on it
 BEGINNING = r"""
 import asyncio, faulthandler, os, signal, sys, threading, warnings
 from pydantic import BaseModel
-from mindtrace.jobs import (  # a star would load the driver of Redis
+from mindtrace.jobs import (  # a star would load the drivers of the servers
     AsyncOrchestrator, ConfigError, Consumer, Depth, JobSchema, JobsError, LocalClient, Orchestrator, QueueSpec,
-    RedisClient, Reject, RetryPolicy, WouldDeadlock, connect, current_job,
+    RabbitMQClient, RedisClient, Reject, RetryPolicy, WouldDeadlock, connect, current_job,
 )
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background of a shell passes on "ignored"
@@ -44,12 +44,19 @@ class Prints(Consumer):
 
 def a_client(namespace=""):
     url = os.environ["BACKEND"]
-    return LocalClient() if url == "local://" else RedisClient.from_url(url, namespace=os.environ["MINE"] + namespace)
+    if url == "local://":
+        return LocalClient()
+    kind = RedisClient if url.startswith("redis") else RabbitMQClient
+    return kind.from_url(url, namespace=os.environ["MINE"] + namespace)
 
 def an_orchestrator(namespace=""):
     orchestrator = Orchestrator(a_client(namespace))
     orchestrator.register(orders)
     return orchestrator
+
+def depth_of(orchestrator):  # what the backend cannot count is 0 here
+    depth = orchestrator.depth("orders")
+    return Depth(depth.ready, depth.scheduled or 0, depth.leased or 0, depth.dead)
 
 def connected(kind, orchestrator):
     consumer = kind("orders")
@@ -165,9 +172,10 @@ def programs(folder: Path, url: str) -> Iterator[Callable[..., Program]]:
 
 LOCAL = pytest.param("local", marks=pytest.mark.local)
 REDIS = pytest.param("redis", marks=[pytest.mark.redis, pytest.mark.uses_broker("redis")])
+RABBITMQ = pytest.param("rabbitmq", marks=[pytest.mark.rabbitmq, pytest.mark.uses_broker("rabbitmq")])
 
 
-@pytest.fixture(params=[LOCAL, REDIS])
+@pytest.fixture(params=[LOCAL, REDIS, RABBITMQ])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each in turn."""
     return request.param
@@ -176,7 +184,15 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def start(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Program]]:
     """Start a program; on a server all of a test's have one namespace."""
-    url = "local://" if backend == "local" else request.getfixturevalue("redis_url")
+    url = "local://" if backend == "local" else request.getfixturevalue(f"{backend}_url")
+    with programs(tmp_path, url) as start:
+        yield start
+
+
+@pytest.fixture(params=[LOCAL, REDIS])
+def start_local_or_redis(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Program]]:
+    """For a program that needs to know how many jobs are leased, or that declares hundreds of queues."""
+    url = "local://" if request.param == "local" else request.getfixturevalue("redis_url")
     with programs(tmp_path, url) as start:
         yield start
 

@@ -27,7 +27,7 @@ def test_a_script_publishes_consumes_and_ends(start: Start) -> None:
 
 def test_many_threads_share_one_background_loop_and_run_jobs_in_their_own(start: Start, backend: str) -> None:
     """The very first calls are made at the same moment; each job is run once, by a thread that consumes."""
-    ours = {"local": ["mindtrace-jobs"], "redis": ["mindtrace-jobs", "mindtrace-jobs keeper"]}[backend]
+    ours = ["mindtrace-jobs"] if backend == "local" else ["mindtrace-jobs", "mindtrace-jobs keeper"]
     program = start(
         """
         orchestrator = Orchestrator(a_client())
@@ -71,8 +71,10 @@ def test_many_threads_share_one_background_loop_and_run_jobs_in_their_own(start:
         "Prints('orders').connect(Orchestrator(a_client()))",
     ],
 )
-def test_inside_a_running_loop_a_call_works_and_warns_once_at_its_own_line(start: Start, call: str) -> None:
-    program = start(
+def test_inside_a_running_loop_a_call_works_and_warns_once_at_its_own_line(
+    start_local_or_redis: Start, call: str
+) -> None:
+    program = start_local_or_redis(
         f"""
         orchestrator = an_orchestrator()
         consumer = connected(Prints, orchestrator)

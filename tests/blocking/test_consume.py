@@ -87,7 +87,7 @@ def test_a_job_that_exits_counts_as_failed_and_ends_the_program(start: Start) ->
         try:
             connected(Exits, orchestrator).consume()
         finally:
-            print(orchestrator.depth("orders"))
+            print(depth_of(orchestrator))
         """
     )
     assert program.rest() == ["Depth(ready=1, scheduled=0, leased=0, dead=1)"]

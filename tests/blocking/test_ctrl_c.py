@@ -9,23 +9,23 @@ Start = Callable[[str], Any]
 
 AFTERWARDS = """
     print("interrupted")
-print(orchestrator.depth("orders"))
+print(depth_of(orchestrator))
 orchestrator.publish("orders", Order(item="later"))
 print("handled", connected(Prints, orchestrator).consume(num_messages=orchestrator.count_queue_messages("orders")))
-print(orchestrator.depth("orders"))
+print(depth_of(orchestrator))
 """
 NOTHING = "Depth(ready=0, scheduled=0, leased=0, dead=0)"
 
 
 @pytest.mark.parametrize("num_messages", ["", "num_messages=5"])
-def test_ctrl_c_ends_an_idle_consume(start: Start, num_messages: str) -> None:
-    program = start(
+def test_ctrl_c_ends_an_idle_consume(start_local_or_redis: Start, num_messages: str) -> None:
+    program = start_local_or_redis(
         f"""
 orchestrator = an_orchestrator()
 orchestrator.publish("orders", Order())
 
 def tells_when_idle():
-    while orchestrator.depth("orders") != Depth(0, 0, 0, 0):
+    while depth_of(orchestrator) != Depth(0, 0, 0, 0):
         pass
     print("idle")
 
@@ -71,8 +71,9 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_ctrl_c_in_a_run_gives_the_job_back_and_counts_no_attempt(start: Start, run: str) -> None:
-    """It is ready again in its old place, before those that were published after it."""
+def test_ctrl_c_in_a_run_gives_the_job_back_and_counts_no_attempt(start: Start, backend: str, run: str) -> None:
+    """It is ready again in its old place, before those that were published after it; on RabbitMQ behind them."""
+    in_turn = ["runs first 1", "runs second 1"]
     base = "Consumer[Order, Order]" if "handle" in run else "Consumer"
     program = start(
         f"""
@@ -91,8 +92,7 @@ except KeyboardInterrupt:
     assert program.rest() == [
         "interrupted",
         "Depth(ready=2, scheduled=0, leased=0, dead=0)",
-        "runs first 1",
-        "runs second 1",
+        *(in_turn[::-1] if backend == "rabbitmq" else in_turn),
         "runs later 1",
         "handled 3",
         NOTHING,
@@ -193,7 +193,7 @@ except KeyboardInterrupt:
     print("interrupted")
 sys.stdin.readline()
 released.set()
-while orchestrator.depth("orders").leased:
+while depth_of(orchestrator).leased:
     pass
 print("handled", connected(Prints, orchestrator).consume(num_messages=1))
 """
@@ -227,9 +227,9 @@ connected(Waits, orchestrator).consume()
     assert program.errors().count("Traceback") == 1
 
 
-def test_ctrl_c_at_any_line_of_consume_loses_nothing(start: Start) -> None:
+def test_ctrl_c_at_any_line_of_consume_loses_nothing(start_local_or_redis: Start) -> None:
     """Interrupted at its 1st line, its 2nd, and so on, until it gets through; each time a second consume works."""
-    program = start(
+    program = start_local_or_redis(
         """
 import mindtrace.jobs
 
@@ -257,14 +257,14 @@ class Notes(Consumer):
 
 def lost():
     for _ in range(10_000):
-        depth = orchestrator.depth("orders")
+        depth = depth_of(orchestrator)
         if not depth.leased:
             break
     else:
         return "its job stays leased"
     if depth.ready and consumer.consume(num_messages=depth.ready) != depth.ready:
         return "the second consume handled too few"
-    return "" if seen == published and orchestrator.depth("orders") == Depth(0, 0, 0, 0) else "a job is lost"
+    return "" if seen == published and depth_of(orchestrator) == Depth(0, 0, 0, 0) else "a job is lost"
 
 n = 0
 raised = True

@@ -8,8 +8,8 @@ import pytest
 Start = Callable[[str], Any]
 
 
-def test_first_calls_from_several_threads_share_one_orchestrator(start: Start) -> None:
-    program = start(
+def test_first_calls_from_several_threads_share_one_orchestrator(start_local_or_redis: Start) -> None:
+    program = start_local_or_redis(
         """
 for n in range(20):
     orchestrator = Orchestrator(a_client(str(n)))
@@ -34,9 +34,9 @@ print("all known")
 
 
 def test_first_calls_from_several_threads_of_a_forked_child_share_one_orchestrator_that_knows_all_schemas(
-    start: Start,
+    start_local_or_redis: Start,
 ) -> None:
-    program = start(
+    program = start_local_or_redis(
         """
 orchestrators = [an_orchestrator(str(n)) for n in range(10)]
 for orchestrator in orchestrators:

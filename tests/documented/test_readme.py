@@ -1,6 +1,9 @@
 """The README's Python, run block by block from top to bottom as a reader would, in one namespace; and its facts."""
 
 import asyncio
+import base64
+import dataclasses
+import hashlib
 import inspect
 import json
 import logging
@@ -10,29 +13,38 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
+from pydantic import BaseModel
 
 import mindtrace.jobs
 from mindtrace.jobs import (
     AsyncOrchestrator,
+    AuthenticationFailed,
     ConfigError,
     Depth,
     Job,
     JobSchema,
+    LocalBackend,
     LocalClient,
     LocalConsumerBackend,
     Orchestrator,
+    QueueNotFound,
     QueueSpec,
+    RabbitMQBackend,
+    RabbitMQClient,
+    RabbitMQConsumerBackend,
     RedisBackend,
     RedisClient,
     RedisConsumerBackend,
     RetryPolicy,
+    Traits,
     Worker,
 )
 from mindtrace.jobs.clients import Client
@@ -111,8 +123,8 @@ class Reader:
             self._ran.clear()
             jobs.publish(queue, Job(name="sum", schema_name="sum", input_data={"operation": "add", "a": 1, "b": 2}))
             assert self._ran.wait(10)
-            while jobs.depth(queue) != Depth(0, 0, 0, 0):
-                pass
+            while (depth := jobs.depth(queue)) not in (Depth(0, 0, 0, 0), Depth(0, None, None, 0)):
+                assert depth.dead == 0
             signal.pthread_kill(main, signal.SIGINT)
 
         helper = threading.Thread(target=interrupt)
@@ -135,18 +147,19 @@ def _nothing() -> Iterator[None]:
 
 
 @contextmanager
-def _the_usual_port_leads_to(url: str | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever connects to localhost:6379 from an event loop comes to this server; None: meets an error.
+def _the_usual_ports_lead_to(urls: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever connects to localhost from an event loop, at a port of these, comes to the server of this URL.
 
-    The page says that Redis is there, and no test may listen there, or meet what does. So its words stay as they are,
-    and so does every class they name: the road out of the loop is what turns.
+    The page says that Redis and RabbitMQ are there, and no test may listen there, or meet what does. So its words stay
+    as they are, and so does every class they name: the road out of the loop is what turns.
     """
     connect = asyncio.BaseEventLoop.create_connection
 
     async def connected(loop: Any, protocol: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
-        if (host, port) == ("localhost", 6379):
-            assert url is not None, "this part of the page needs no Redis"
-            host, port = url.removeprefix("redis://").removesuffix("/0").split(":")
+        if host == "localhost" and port in (6379, 5672):
+            assert port in urls, f"this part of the page needs no server at {port}"
+            parts = urlsplit(urls[port])
+            host, port = parts.hostname, parts.port
         return await connect(loop, protocol, host, port, **options)
 
     with monkeypatch.context() as patch:
@@ -164,7 +177,7 @@ def _ours(server: brokers.Broker) -> list[str]:
 def local_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     """For the beginning of the page, which needs no server."""
     reader = Reader()
-    with _the_usual_port_leads_to(None, monkeypatch):
+    with _the_usual_ports_lead_to({}, monkeypatch):
         yield reader
         reader.close()
 
@@ -177,25 +190,87 @@ def server() -> Iterator[brokers.Broker]:
 
 
 @pytest.fixture
-def reader(server: brokers.Broker, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+def redis_reader(server: brokers.Broker, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     """With that Redis where the page says that one is."""
     reader = Reader()
-    with _the_usual_port_leads_to(server.url, monkeypatch):
+    with _the_usual_ports_lead_to({6379: server.url}, monkeypatch):
         yield reader
         reader.close()
         assert _ours(server) == []
+
+
+def rights() -> list[list[str]]:
+    """The words of each `rabbitmqctl` about users with few rights, as a shell would pass them on."""
+    part = README.split("### Users with few rights on RabbitMQ\n")[1].split("\n## ")[0]
+    return [shlex.split(line)[1:] for line in part.splitlines() if line.startswith("rabbitmqctl ")]
+
+
+def _user(name: str, password: str) -> dict[str, str]:
+    """As RabbitMQ keeps it: the hash begins with its salt, of four bytes."""
+    salt = b"salt"
+    kept = base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
+    algorithm = "rabbit_password_hashing_sha256"
+    return {"name": name, "password_hash": kept, "hashing_algorithm": algorithm, "tags": ""}
+
+
+@pytest.fixture(scope="module")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[brokers.Broker]:
+    """A RabbitMQ that nobody else reads the page on, with the users of the page."""
+    users = [_user("user", "password")]
+    hosts = [{"name": "/"}]
+    permissions = [{"user": "user", "vhost": "/", "configure": ".*", "write": ".*", "read": ".*"}]
+    for words in rights():
+        match words:
+            case ["add_vhost", name]:
+                hosts.append({"name": name})
+            case ["add_user", name, password]:
+                users.append(_user(name, password))
+            case ["set_permissions", "-p", host, name, configure, write, read]:
+                permissions.append({"user": name, "vhost": host, "configure": configure, "write": write, "read": read})
+            case _:
+                raise AssertionError(words)
+    definitions = tmp_path_factory.mktemp("rabbitmq") / "definitions.json"
+    definitions.write_text(json.dumps({"users": users, "vhosts": hosts, "permissions": permissions}))
+    with brokers.rabbitmq(settings={"load_definitions": str(definitions)}) as server:
+        yield server
+
+
+@pytest.fixture
+def reader(server: brokers.Broker, rabbitmq: brokers.Broker, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    """With both servers where the page says that they are, and no job of the page on either."""
+    reader = Reader()
+    with _the_usual_ports_lead_to({6379: server.url, 5672: rabbitmq.url}, monkeypatch):
+        yield reader
+        reader.close()
+        assert _ours(server) == []
+    asyncio.run(_without_queues(rabbitmq.url))
+
+
+async def _without_queues(url: str) -> None:
+    async with AsyncOrchestrator(RabbitMQBackend.from_url(url)) as jobs:
+        for queue in ("checkout", "maths_operations", "rabbitmq_priority"):
+            with suppress(QueueNotFound):
+                await jobs.delete(queue, force=True)
 
 
 def on_redis(test: Any) -> Any:
     return pytest.mark.redis(pytest.mark.uses_broker("redis")(test))
 
 
-@on_redis
+def on_rabbitmq(test: Any) -> Any:
+    return pytest.mark.rabbitmq(pytest.mark.uses_broker("rabbitmq")(test))
+
+
+def on_both(test: Any) -> Any:
+    return on_redis(on_rabbitmq(test))
+
+
+@on_both
 def test_every_block_of_the_page_runs(reader: Reader) -> None:
     reader.read()
-    assert reader.interrupted == 2
+    assert reader.interrupted == 3
     asyncio.run(reader.names["test_a_product_is_computed"]())
-    assert len(BLOCKS) >= 14
+    assert len(BLOCKS) >= 17
 
 
 @pytest.mark.local
@@ -214,9 +289,9 @@ def test_what_a_run_is_given(local_reader: Reader) -> None:
 
 @on_redis
 def test_the_url_and_the_backend_of_the_page_store_jobs_and_namespaces_keep_them_apart(
-    reader: Reader, server: brokers.Broker, capsys: pytest.CaptureFixture[str]
+    redis_reader: Reader, server: brokers.Broker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asyncio.run(reader.read("async def on_redis").names["on_redis"]())
+    asyncio.run(redis_reader.read("async def on_redis").names["on_redis"]())
     assert capsys.readouterr().out == "[]\n"
 
     async def stored() -> tuple[list[QueueSpec], Depth]:
@@ -226,26 +301,46 @@ def test_the_url_and_the_backend_of_the_page_store_jobs_and_namespaces_keep_them
     assert asyncio.run(stored()) == ([QueueSpec("checkout")], Depth(1, 0, 0, 0))
 
 
-@on_redis
-@pytest.mark.parametrize(("up_to", "interrupted"), [("import RedisClient", 1), ("# Same orchestrator and consumer", 2)])
-def test_a_consumer_connects_where_no_schema_is_known_and_inputs_are_not_checked(
-    reader: Reader, up_to: str, interrupted: int
+@on_both
+def test_the_url_and_the_backend_of_rabbitmq_store_jobs_and_namespaces_keep_them_apart(
+    reader: Reader, rabbitmq: brokers.Broker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole numbers stay whole: no model has turned them into floats. Then Ctrl-C ends the endless `consume()`."""
-    reader.read(up_to)
-    assert type(reader.names["orchestrator"].backend) is RedisClient
+    asyncio.run(reader.read("async def on_rabbitmq").names["on_rabbitmq"]())
+    assert capsys.readouterr().out == "[]\n"
+
+    async def stored() -> Depth:
+        async with AsyncOrchestrator(RabbitMQBackend.from_url(rabbitmq.url)) as jobs:
+            return await jobs.depth("checkout")
+
+    assert asyncio.run(stored()) == Depth(1, None, None, 0)
+
+
+def _consumes_without_a_schema(reader: Reader, client: type[Client[Any]], interrupted: int) -> None:
+    """The whole numbers stay whole: no model has turned them into floats. Then Ctrl-C ended the endless `consume()`."""
+    assert type(reader.names["orchestrator"].backend) is client
     assert reader.runs[-1][1]["operation_performed"] == "add(1, 2) = 3"
     assert reader.interrupted == interrupted
 
 
 @on_redis
+def test_a_consumer_connects_where_no_schema_is_known_and_inputs_are_not_checked(redis_reader: Reader) -> None:
+    _consumes_without_a_schema(redis_reader.read("import RedisClient"), RedisClient, 1)
+
+
+@on_both
+def test_so_it_does_on_rabbitmq_and_after_the_backend_was_switched(reader: Reader) -> None:
+    _consumes_without_a_schema(reader.read("import RabbitMQClient"), RabbitMQClient, 2)
+    _consumes_without_a_schema(reader.read("# Same orchestrator and consumer"), RabbitMQClient, 3)
+
+
+@on_redis
 def test_an_orchestrator_of_a_url_sees_the_queue_of_the_client_before_it(
-    reader: Reader, capsys: pytest.CaptureFixture[str]
+    redis_reader: Reader, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reader.read("import RedisClient")
+    redis_reader.read("import RedisClient")
     job = Job(name="sum", schema_name="sum", input_data={"a": 1})
-    reader.names["orchestrator"].publish("maths_operations", job)
-    reader.read("Orchestrator.from_url(")
+    redis_reader.names["orchestrator"].publish("maths_operations", job)
+    redis_reader.read("Orchestrator.from_url(")
     assert capsys.readouterr().out == "1\n"
 
 
@@ -258,17 +353,31 @@ def test_the_local_backend_is_detected(local_reader: Reader) -> None:
 
 
 @on_redis
-def test_redis_is_detected(reader: Reader) -> None:
-    names = reader.read("# Automatically detects backend type").names
+def test_redis_is_detected(redis_reader: Reader) -> None:
+    names = redis_reader.read("import RedisClient").names
     assert type(names["orchestrator"].backend) is RedisClient
     assert type(names["consumer"].consumer_backend) is RedisConsumerBackend
     assert type(names["orchestrator"].create_consumer_backend_for_schema(names["schema"])) is RedisConsumerBackend
 
 
-@on_redis
+@on_both
+def test_rabbitmq_is_detected(reader: Reader) -> None:
+    names = reader.read("# Automatically detects backend type").names
+    detected = names["consumer"].consumer_backend
+    assert type(names["orchestrator"].backend) is RabbitMQClient
+    assert type(detected) is RabbitMQConsumerBackend
+    assert f"`prefetch_count={detected.prefetch_count}`" in README
+    assert type(names["orchestrator"].create_consumer_backend_for_schema(names["schema"])) is RabbitMQConsumerBackend
+
+
+@on_both
 @pytest.mark.parametrize(
     ("queue", "priorities", "results"),
-    [("priority_tasks", [10, 5, 1], [1024.0, 2.0, 3.0]), ("redis_priority", [100, 50], [27.0, 2.0])],
+    [
+        ("priority_tasks", [10, 5, 1], [1024.0, 2.0, 3.0]),
+        ("redis_priority", [100, 50], [27.0, 2.0]),
+        ("rabbitmq_priority", [255, 128], [27.0, 2.0]),
+    ],
 )
 def test_higher_priorities_are_consumed_first_by_a_consumer_of_an_orchestrator_that_knows_no_schema(
     reader: Reader, queue: str, priorities: list[int], results: list[float]
@@ -283,7 +392,7 @@ def test_higher_priorities_are_consumed_first_by_a_consumer_of_an_orchestrator_t
     assert [value["result"] for _, value in reader.runs] == results
 
 
-# --- the facts about Redis
+# --- the facts about Redis and RabbitMQ
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -292,15 +401,52 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r" \|(?: |$)", row)] for row in table[2:]]
 
 
-@pytest.mark.parametrize("kind", [RedisBackend, RedisClient])
-def test_the_table_of_options_has_each_with_its_default(kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("heading", "kind"),
+    [
+        ("## Redis", RedisBackend),
+        ("## Redis", RedisClient),
+        ("## RabbitMQ", RabbitMQBackend),
+        ("## RabbitMQ", RabbitMQClient),
+    ],
+)
+def test_the_table_of_options_has_each_with_its_default(heading: str, kind: Any) -> None:
     told = {}
-    for names, defaults, *_ in rows("## Redis"):
+    for names, defaults, *_ in rows(heading):
         found = re.findall(r"`(\w+)`", names)
-        values = re.findall(r"`([\w.]+)`", defaults) * (len(found) if defaults.count("`") == 2 else 1)
+        values = re.findall(r"`([\w./]+)`", defaults) * (len(found) if defaults.count("`") == 2 else 1)
         told.update(zip(found, values, strict=True))
     options = inspect.signature(kind).parameters
     assert told == {name: str(parameter.default) for name, parameter in options.items()}
+
+
+def test_the_table_of_what_each_backend_can_do_has_every_trait_as_it_is() -> None:
+    """In the order of the fields, each with what it means; what a server decides is still unknown here."""
+    backends = [LocalBackend(), RedisBackend(), RabbitMQBackend()]
+    head = re.findall(r"^\| trait \| (.*) \| what it means \|$", README, re.MULTILINE)
+    assert [name.lower() for name in head[0].split(" | ")] == [backend.traits.name for backend in backends]
+    fields = [field.name for field in dataclasses.fields(Traits) if field.name != "name"]
+    table = rows("## What each backend can do")
+    assert [name for name, *_ in table] == [f"`{field}`" for field in fields]
+    for field, (_, *told, means) in zip(fields, table, strict=True):
+        assert told == [_shown(getattr(backend.traits, field)) for backend in backends], field
+        assert means
+
+
+def _shown(value: object) -> str:
+    """A trait as the page writes it."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case str():
+            return f"`{value}`"
+        case (lowest, highest):
+            return f"{_number(lowest)} to {_number(highest)}"
+    raise AssertionError(f"{value!r}: how is it to be written?")
+
+
+def _number(value: int) -> str:
+    return {-(2**31): "-2^31", 2**31 - 1: "2^31 - 1"}.get(value, str(value))
 
 
 @on_redis
@@ -370,6 +516,71 @@ def test_the_user_of_the_page_may_do_all_that_the_library_asks_for(server: broke
         admin.execute_command(*the_user_of_the_page())
         asyncio.run(asyncio.wait_for(everything(server.url.replace("//", "//jobs:a-password@")), 20))
         assert [entry["object"] for entry in admin.acl_log()] == []
+
+
+class Errand(BaseModel):
+    fails: bool = False
+
+
+class Runs(mindtrace.jobs.AsyncConsumer[Any, Any]):
+    """Fails where it is told to."""
+
+    retry = RetryPolicy(max_attempts=2, base=0.01)
+
+    async def run(self, job_dict: dict[str, Any]) -> dict[str, Any]:
+        if job_dict["input_data"].get("fails"):
+            raise ConnectionError
+        return {}
+
+
+def _as(user: str, server: brokers.Broker) -> AsyncOrchestrator:
+    url = server.url.replace("user:password", f"{user}:a-password") + "jobs"
+    return AsyncOrchestrator(RabbitMQBackend.from_url(url))
+
+
+@on_rabbitmq
+def test_the_users_of_the_page_may_do_what_it_says_on_rabbitmq_and_no_more(rabbitmq: brokers.Broker) -> None:
+    """The publisher comes first to a delay of one length, the worker to a longer one: each makes its levels."""
+    well, fails = (
+        Job(name="q", schema_name="q", input_data={}),
+        Job(name="q", schema_name="q", input_data={"fails": True}),
+    )
+
+    async def everything() -> None:
+        async with _as("administrator", rabbitmq) as admin:
+            await admin.declare(QueueSpec("q"))
+            await admin.declare(QueueSpec("ranked", "priority", 9, 5))
+            async with _as("publisher", rabbitmq) as jobs:
+                await jobs.register(JobSchema("q", Errand))
+                await jobs.publish("q", fails)
+                await jobs.publish("q", well, delay=0.2, job_id="later")
+                await jobs.publish("ranked", well, priority=9)
+                with pytest.raises(AuthenticationFailed):
+                    await jobs.receive_message("q")
+                with pytest.raises(AuthenticationFailed):
+                    await jobs.dead_letters("q").list()
+                with pytest.raises(AuthenticationFailed):
+                    await jobs.declare(QueueSpec("other"))
+                with pytest.raises(AuthenticationFailed):
+                    await jobs.delete("q", force=True)
+            async with _as("worker", rabbitmq) as jobs:
+                with pytest.raises(AuthenticationFailed):
+                    await jobs.declare(QueueSpec("other"))
+                with pytest.raises(AuthenticationFailed):
+                    await jobs.delete("q", force=True)
+                await Worker(jobs, [Runs("q"), Runs("ranked")], max_jobs=4).run()
+                await jobs.publish("q", well, delay=3600)
+                await jobs.publish("q", well)
+            assert await admin.clean("q") == 1
+            letters = admin.dead_letters("q")
+            [record] = (await letters.list()).records
+            assert record.message.id == fails.id
+            assert await letters.replay() == 1
+            assert await admin.receive_message("q")
+            await admin.delete("q", force=True)
+            await admin.delete("ranked", force=True)
+
+    asyncio.run(asyncio.wait_for(everything(), 40))
 
 
 # --- the facts about the rest

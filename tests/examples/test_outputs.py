@@ -52,17 +52,30 @@ left       0 ready, 0 dead
 }
 
 
-ON_REDIS = [pytest.mark.redis, pytest.mark.uses_broker("redis")]
+BACKENDS = [
+    pytest.param("local", marks=pytest.mark.local),
+    pytest.param("redis", marks=[pytest.mark.redis, pytest.mark.uses_broker("redis")]),
+    pytest.param("rabbitmq", marks=[pytest.mark.rabbitmq, pytest.mark.uses_broker("rabbitmq")]),
+]
 
 
-@pytest.fixture(params=[pytest.param("local", marks=pytest.mark.local), pytest.param("redis", marks=ON_REDIS)])
+@pytest.fixture(scope="module")
+def own_rabbitmq() -> Iterator[brokers.Broker]:
+    """For all examples: each has queues of its own, and takes seconds less than a server."""
+    with brokers.rabbitmq(private=True) as server:
+        yield server
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """What the environment says of it; a server of the test's own, since no example has a namespace of its own."""
+    """What the environment says of it; a server that nobody else uses, since no example has a namespace of its own."""
     if request.param == "local":
         yield {}
-    else:
+    elif request.param == "redis":
         with brokers.redis(private=True) as server:
             yield {"MINDTRACE_JOBS_URL": server.url}
+    else:
+        yield {"MINDTRACE_JOBS_URL": request.getfixturevalue("own_rabbitmq").url}
 
 
 def run(example: Path, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -35,6 +35,9 @@ from mindtrace.jobs import (
     LocalClient,
     Orchestrator,
     QueueSpec,
+    RabbitMQBackend,
+    RabbitMQClient,
+    RabbitMQConsumerBackend,
     RedisBackend,
     RedisClient,
     RedisConsumerBackend,
@@ -111,9 +114,23 @@ RedisClient("localhost", 6379, 0, "user")  # type: ignore[call-arg]
 RedisClient(durable=True)  # type: ignore[call-arg]
 RedisClient.from_url("redis://", password="")  # type: ignore[call-arg]
 
+rabbitmq = RabbitMQClient("localhost", 5672, "user", "password")
+assert_type(RabbitMQClient(host="localhost", port=5672, username="user", password=""), RabbitMQClient)
+RabbitMQClient(virtual_host="/", tls=True, ca_certs="c", certfile="d", keyfile="e", allow_insecure=False)
+RabbitMQClient(namespace="shop", heartbeat=5, max_stall=None)
+assert_type(RabbitMQClient.from_url("amqp://localhost/", namespace="shop", heartbeat=5), RabbitMQClient)
+assert_type(rabbitmq.backend, RabbitMQBackend)
+assert_type(rabbitmq.backend_type, BackendType)
+rabbitmq.declare_queue("queue", max_priority=255)
+RabbitMQClient("localhost", "5672")  # type: ignore[arg-type]
+RabbitMQClient("localhost", 5672, "user", "password", "/")  # type: ignore[call-arg]
+RabbitMQClient(prefetch_count=1)  # type: ignore[call-arg]
+RabbitMQClient.from_url("amqp://", password="")  # type: ignore[call-arg]
+
 orchestrator = Orchestrator(client)
 assert_type(Orchestrator(client, require={"stack"}, payload_limit=1024, listeners=[print]), Orchestrator)
 assert_type(Orchestrator(redis), Orchestrator)
+assert_type(Orchestrator(rabbitmq), Orchestrator)
 assert_type(Orchestrator.from_url(), Orchestrator)
 assert_type(Orchestrator.from_url("redis://", require={"stack"}, payload_limit=1024, listeners=[print]), Orchestrator)
 Orchestrator.from_url(client)  # type: ignore[arg-type]
@@ -202,6 +219,9 @@ assert_type(orchestrator.create_consumer_backend_for_schema(both).consume(num_me
 assert_type(RedisConsumerBackend("queue", orchestrator).consume(), int)
 assert_type(RedisConsumerBackend("queue", orchestrator, poll_timeout=5).poll_timeout, float)
 RedisConsumerBackend("queue", orchestrator, timeout=5)  # type: ignore[call-arg]
+assert_type(RabbitMQConsumerBackend("queue", orchestrator).consume(), int)
+assert_type(RabbitMQConsumerBackend("queue", orchestrator, prefetch_count=1).prefetch_count, int)
+RabbitMQConsumerBackend("queue", orchestrator, prefetch=1)  # type: ignore[call-arg]
 Plain("both").connect(client)  # type: ignore[arg-type]
 
 
@@ -251,6 +271,11 @@ async def opened() -> None:
     AsyncOrchestrator(LocalBackend())
     AsyncOrchestrator(RedisBackend("localhost", 6379, 0, namespace="shop", require_durable=True))
     AsyncOrchestrator(RedisBackend.from_url("rediss://localhost", allow_insecure=True, allow_eviction=True))
+    AsyncOrchestrator(RabbitMQBackend("localhost", 5672, "user", "password", virtual_host="/", namespace="shop"))
+    AsyncOrchestrator(RabbitMQBackend.from_url("amqps://localhost/", allow_insecure=True, heartbeat=5, max_stall=None))
+    RabbitMQBackend("localhost", 5672, "user", "password", "/")  # type: ignore[call-arg]
+    RabbitMQBackend(port="5672")  # type: ignore[arg-type]
+    AsyncOrchestrator(rabbitmq)  # type: ignore[arg-type]
     RedisBackend("localhost", 6379, 0, "user")  # type: ignore[call-arg]
     RedisBackend(port="6379")  # type: ignore[arg-type]
     AsyncOrchestrator(redis)  # type: ignore[arg-type]
