@@ -83,9 +83,9 @@ async def alone(what: str, url: str, count: int) -> Any:
 # P7, processing
 
 
-async def library_process(plan: Plan, count: int, slots: int, *, typed: bool = False) -> float:
-    await library_fill(plan.url, count, typed=typed)
-    span = await library_work(plan.url, count, slots, typed=typed)
+async def library_process(plan: Plan, count: int, slots: int) -> float:
+    await library_fill(plan.url, count)
+    span = await library_work(plan.url, count, slots)
     await library_delete(plan.url)
     return span.rate
 
@@ -111,12 +111,6 @@ async def p7(plan: Plan) -> AsyncIterator[Line]:
             "P7",
             "process, 100 slots",
             lambda: library_process(plan, many, 100),
-            lambda: reference_process(plan, many, PREFETCH),
-        ),
-        (
-            "",
-            "process, 100 slots, as a model",
-            lambda: library_process(plan, many, 100, typed=True),
             lambda: reference_process(plan, many, PREFETCH),
         ),
         (

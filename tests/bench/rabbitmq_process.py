@@ -30,15 +30,23 @@ from redis_process import (
     told_to_start,
 )
 
-from mindtrace.jobs import Worker
+from mindtrace.jobs import Event, Worker
 
 THEIRS = f"{QUEUE}-reference"
 
 
 async def library_work_ahead(url: str, count: int, prefetch: int) -> Span:
     """A worker that lets the server hand over more than it has slots for."""
+    told = 0
+
+    def listener(event: Event) -> None:
+        nonlocal told
+        told += 1
+
     async with opened(url) as jobs:
-        worker = Worker(jobs, [Plain(QUEUE)], concurrency=SLOTS, prefetch=prefetch, max_jobs=count)
+        worker = Worker(
+            jobs, [Plain(QUEUE)], concurrency=SLOTS, prefetch=prefetch, max_jobs=count, listeners=[listener]
+        )
         gc.collect()
         start = time.monotonic()
         await worker.work()
