@@ -219,5 +219,6 @@ async def test_a_run_that_takes_longer_than_the_server_allows_loses_its_lease(
                 assert await second.settle([(taken[0], Done())]) == [None]
     finally:
         await ctl(
-            "[application:set_env(rabbit, K, V) || {K, V} <- [{channel_tick_interval, 60000}, {consumer_timeout, 1800000}]]"
+            "[application:set_env(rabbit, K, V) || {K, V} <-"
+            " [{channel_tick_interval, 60000}, {consumer_timeout, 1800000}]]"
         )

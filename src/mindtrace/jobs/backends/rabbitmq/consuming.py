@@ -178,7 +178,7 @@ class Consuming:
     def put_back(self, deliveries: list[Delivery]) -> None:
         """Their caller was cancelled: the next call has them, or they are handed back within a second."""
         for delivery in reversed(deliveries):
-            if delivery in self.held:
+            if delivery in self.held and not self._ended:
                 self._ahead[delivery.queue].appendleft(delivery)
         self._left = True
         self._fetched_at = time.monotonic()

@@ -101,6 +101,8 @@ class RabbitMQReceiver(Receiver):
             exchanged = await answer
         except asyncio.CancelledError:
             self._keeper.call(self._consuming.end_wait, call)
+            if answer.done() and not answer.cancelled() and answer.exception() is None:  # it had come already
+                self._keeper.call(self._consuming.put_back, answer.result().deliveries)
             raise
         if not self.has_ended:
             return exchanged
