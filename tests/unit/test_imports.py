@@ -41,20 +41,26 @@ def test_no_driver_and_no_test_tool_is_imported_for_the_local_backend(code: str)
     assert in_a_fresh_interpreter(code + LOADED) == ""
 
 
+ON_REDIS, ON_RABBITMQ = "hiredis redis", "aiormq pamqp"
+
+
 @pytest.mark.parametrize(
-    "code",
+    ("code", "loaded"),
     [
-        "import mindtrace.jobs as jobs; jobs.RedisBackend",
-        "import mindtrace.jobs as jobs; jobs.RedisClient()",
-        "import mindtrace.jobs as jobs; jobs.connect('redis://')",
-        "import mindtrace.jobs as jobs; jobs.Orchestrator.from_url('rediss://')",
-        "from mindtrace.jobs import *",
+        ("import mindtrace.jobs as jobs; jobs.RedisBackend", ON_REDIS),
+        ("import mindtrace.jobs as jobs; jobs.RedisClient()", ON_REDIS),
+        ("import mindtrace.jobs as jobs; jobs.connect('redis://')", ON_REDIS),
+        ("import mindtrace.jobs as jobs; jobs.Orchestrator.from_url('rediss://')", ON_REDIS),
+        ("import mindtrace.jobs as jobs; jobs.RabbitMQBackend", ON_RABBITMQ),
+        ("import mindtrace.jobs as jobs; jobs.RabbitMQClient()", ON_RABBITMQ),
+        ("import mindtrace.jobs as jobs; jobs.connect('amqp://')", ON_RABBITMQ),
+        ("import mindtrace.jobs as jobs; jobs.Orchestrator.from_url('amqps://')", ON_RABBITMQ),
+        ("from mindtrace.jobs import *", "aiormq hiredis pamqp redis"),
     ],
-    ids=["the class by its name", "client", "URL", "URL of an orchestrator", "star"],
 )
-def test_the_driver_comes_with_the_first_that_names_its_backend_and_no_other_one(code: str) -> None:
+def test_the_driver_comes_with_the_first_that_names_its_backend_and_no_other_one(code: str, loaded: str) -> None:
     """A star names them all. None of these connects: there need be no server."""
-    assert in_a_fresh_interpreter(code + LOADED) == "hiredis redis"
+    assert in_a_fresh_interpreter(code + LOADED) == loaded
 
 
 @pytest.mark.parametrize("name", mindtrace.jobs.__all__)
