@@ -56,7 +56,7 @@ _COPY_WITHIN = 10.0
 _LEFT_WITHIN = 1.0  # seconds that what a cancelled caller was to get lies ready for the next call
 _UNFETCHED = 5.0  # seconds after which what was pushed ahead is handed back; a loop may be busy for some of them
 _TICK = 0.25
-_FEW_QUEUES = 4  # of so many the server is told each time to push no more when nothing came
+_IDLE = 0.1  # seconds without a call after which the server is told to push no more; whoever works calls at once
 _GET_AT_MOST = 100  # queues that are asked one by one
 _AGAIN_AFTER = 0.5
 _A_MOMENT = 0.05
@@ -134,6 +134,8 @@ class Consuming:
         self._ahead_timer: asyncio.TimerHandle | None = None
         self._fetched_at = 0.0
         self._releasing: asyncio.Task[None] | None = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._calls = 0
         self._watch: asyncio.TimerHandle | None = None
         self._asked = 0.0
         self._ended = False
@@ -152,6 +154,9 @@ class Consuming:
         """Settle, then take; waits if there was nothing of either. Raises only if there was nothing to settle."""
         if self._turn is None:
             self._turn, self._changed = asyncio.Lock(), asyncio.Event()
+        if self._idle is not None:
+            self._idle.cancel()
+        self._calls += 1
         try:
             async with self._turn:
                 settled = await self._settle(call.pairs, call.limit) if call.pairs else []
@@ -222,7 +227,7 @@ class Consuming:
         """Hand back all that is held, and close the channel."""
         self._ended = True
         self.wake()
-        for timer in (self._watch, self._ahead_timer):
+        for timer in (self._watch, self._ahead_timer, self._idle):
             if timer is not None:
                 timer.cancel()
         try:
@@ -385,9 +390,8 @@ class Consuming:
             if call.wait > 0 and not self._missing and not self.nudged:
                 await self._wait(call, until, True)
                 deliveries = self._handed_over(limit)
-            if not deliveries and self._active and len(self._names) <= _FEW_QUEUES:
-                await self._pause()
-                deliveries = self._handed_over(limit)
+            if not deliveries and self._active:
+                self._idle = asyncio.get_running_loop().call_later(_IDLE, self._begin_release, self._calls)
         if self._lease is not None:
             await self._pause()
         return deliveries
@@ -553,7 +557,8 @@ class Consuming:
         """Have the server push no more; what it had pushed is here when this returns.
 
         A quorum queue returns what was on its way to a cancelled consumer, and marks it as handed over before, though
-        nobody has seen it: after a cancel with room for more it is fetched, or it would count as a crash.
+        nobody has seen it: after a cancel with room for more it is fetched, or it would count as a crash. Another
+        consumer may be quicker; so nothing is cancelled while there is work to do.
         """
         lane, active, self._active = self._pushes, self._active, set()
         if lane is None or not active:
@@ -760,11 +765,19 @@ class Consuming:
         if time.monotonic() - self._fetched_at < patience:
             self._ahead_timer = asyncio.get_running_loop().call_later(_TICK, self._look_ahead)
             return
-        self._releasing = asyncio.get_running_loop().create_task(self._release_ahead())  # the loop keeps no hold of it
+        self._begin_release()
 
-    async def _release_ahead(self) -> None:
+    def _begin_release(self, calls: int | None = None) -> None:
+        self._releasing = asyncio.get_running_loop().create_task(
+            self._release_ahead(calls)
+        )  # the loop has no hold of it
+
+    async def _release_ahead(self, calls: int | None) -> None:
+        """Not if there was another call since that many."""
         assert self._turn is not None  # noqa: S101 (made by the exchange that had it pushed)
         async with self._turn:
+            if self._ended or calls not in (None, self._calls):
+                return
             await self._pause()
             pairs: list[tuple[Delivery, Settlement]] = []
             for ahead in self._ahead.values():
