@@ -137,7 +137,7 @@ class _Transport(TransportFactory):
     def __init__(self, context: ssl.SSLContext | None) -> None:
         self.lost: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         self.channels: dict[int, Channel] = {}
-        self.blocked = False
+        self.blocked: bool = False
         self._context = context
         self._said: BaseException | None = None
         self._transport: asyncio.Transport | None = None
@@ -165,7 +165,7 @@ class _Transport(TransportFactory):
         if kind == _BLOCKED:
             self.blocked = True
         elif kind == _UNBLOCKED:
-            self.blocked = False
+            self.blocked: bool = False
         elif kind == _CLOSE:
             with suppress(PAMQPException, ValueError):
                 _, _, close = unmarshal(frame)

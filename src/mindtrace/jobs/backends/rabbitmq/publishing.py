@@ -33,8 +33,8 @@ class _Turn:
     __slots__ = ("lock", "users")
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
+        self.lock: asyncio.Lock = asyncio.Lock()
+        self.users: int = 0
 
 
 class Publisher:
