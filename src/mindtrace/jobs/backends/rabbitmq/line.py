@@ -165,7 +165,7 @@ class _Transport(TransportFactory):
         if kind == _BLOCKED:
             self.blocked = True
         elif kind == _UNBLOCKED:
-            self.blocked: bool = False
+            self.blocked = False
         elif kind == _CLOSE:
             with suppress(PAMQPException, ValueError):
                 _, _, close = unmarshal(frame)
