@@ -10,15 +10,15 @@ that has it and starts again in there. The second half are the sessions; `python
 """
 
 import atexit
+import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
@@ -205,8 +205,17 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
         if session.posargs:  # what some of the tests leave uncovered says little
             session.run("coverage", "run", "-m", *PYTEST, *session.posargs, interrupt_timeout=STOPPING)
             return
-        with beside(session, "-m", "rabbitmq"):  # these wait for their broker most of the time
-            session.run("coverage", "run", "-m", *PYTEST, "-m", "not rabbitmq", interrupt_timeout=STOPPING)
+        counts = [Path(session.virtualenv.location, f"exercised-{number}.json") for number in (1, 2)]
+        for file in counts:
+            file.unlink(missing_ok=True)
+        alone, other = ((f"--exercised={file}", "-m") for file in counts)
+        try:
+            with beside(session, *alone, "rabbitmq"):  # these wait for their broker most of the time
+                session.run("coverage", "run", "-m", *PYTEST, *other, "not rabbitmq", interrupt_timeout=STOPPING)
+        finally:
+            total = put_together(counts)
+        if idle := [backend for backend, (_, passed) in total.items() if not passed]:
+            session.error(f"no test passed on {', '.join(idle)}")
         session.run("coverage", "combine", "--quiet")
         session.run("coverage", "report")
 
@@ -214,28 +223,41 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
     def beside(session: nox.Session, *words: str) -> Iterator[None]:
         """Run other tests meanwhile; what they said follows at the end, and their failure is the session's."""
         report = Path(session.virtualenv.location, "beside.txt")
-        cache = f"cache_dir={CACHE / 'pytest-beside'}"
-        command = [session.bin + "/coverage", "run", "-m", "pytest", "-o", cache, *words]
+        coverage = shutil.which("coverage", path=session.bin)
+        command = [str(coverage), "run", "-m", "pytest", "-o", f"cache_dir={CACHE / 'pytest-beside'}", *words]
+        session.log(f"{shlex.join(['coverage', *command[1:]])} (beside the next, which says its own first)")
         env = {name: value for name, value in {**os.environ, **session.env}.items() if value is not None}
         with report.open("wb") as output:
-            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
-            try:
-                yield
-            except BaseException:
-                if sys.exc_info()[0] is KeyboardInterrupt:
-                    process.send_signal(signal.SIGINT)
-                raise
-            finally:
-                try:
-                    process.wait()
-                except BaseException:
-                    process.terminate()
-                    process.wait(STOPPING)
-                    raise
-                finally:
-                    print(report.read_text("utf-8", "replace"), flush=True)
+            process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            yield
+            process.wait()
+        except KeyboardInterrupt:  # it reached the process as well; a second one would cut its clean-up short
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOPPING)
+            raise
+        except Exception:
+            process.wait()  # one half has failed: what of the other?
+            raise
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+            print(report.read_text("utf-8", "replace"), flush=True)
         if process.returncode:
-            session.error(f"the tests with {' '.join(words)} failed: {process.returncode}")
+            session.error(f"the tests that ran beside failed: {process.returncode}")
+
+    def put_together(counts: list[Path]) -> dict[str, tuple[str, int]]:
+        """The closing line of several runs of pytest as if they had been one; names and numbers by backend."""
+        total: dict[str, tuple[str, int]] = {}
+        for file in counts:
+            told = json.loads(file.read_text("utf-8")) if file.exists() else {}
+            for backend, (name, passed) in told.items():
+                other, before = total.get(backend, ("", 0))
+                total[backend] = (max(name, other, key=len), before + passed)  # a version is of who started a broker
+        if total:
+            print(f"backends exercised: {', '.join(f'{name} {passed}' for name, passed in total.values())}", flush=True)
+        return total
 
     def say_which_interpreters() -> None:
         """The last line, below nox's own summary."""

@@ -1,7 +1,9 @@
 """What every test of this repository shares, and the promise that a full run leaves out no backend."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -48,8 +50,12 @@ class _Exercised:
         if not self._config.option.collectonly:
             brokers = {str(kind): broker for kind, broker in started_brokers(self._config).items()}
             names = {b: f"{b} {brokers[b].version} ({brokers[b].source})" if b in brokers else b for b in BACKENDS}
-            counts = ", ".join(f"{names[backend]} {self._passed[backend]}" for backend in BACKENDS)
-            terminalreporter.write_line(f"backends exercised: {counts}")
+            if file := getattr(self._config.option, "exercised", None):
+                counts = {backend: (names[backend], self._passed[backend]) for backend in BACKENDS}
+                Path(file).write_text(json.dumps(counts), "utf-8")
+            else:
+                said = ", ".join(f"{names[backend]} {self._passed[backend]}" for backend in BACKENDS)
+                terminalreporter.write_line(f"backends exercised: {said}")
         for backend in self._missing:
             hint = f'deselect it by name: -m "not {backend}"'
             terminalreporter.write_line(f"no test passed on {backend}; whoever wants that must {hint}", red=True)
@@ -57,6 +63,11 @@ class _Exercised:
 
 def _backends(item: pytest.Item) -> list[str]:
     return [backend for backend in BACKENDS if item.get_closest_marker(backend)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "write there what the closing line would say, for whoever puts several runs together"
+    parser.addoption("--exercised", metavar="FILE", help=told)
 
 
 def pytest_configure(config: pytest.Config) -> None:
