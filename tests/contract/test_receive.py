@@ -187,6 +187,21 @@ async def test_a_receiver_that_was_cancelled_may_receive_again(backend: Backend,
         assert (await take(receiver)).message == message
 
 
+async def test_what_a_cancelled_call_was_to_get_is_the_next_ones(backend: Backend, queue: str) -> None:
+    """However far it had come, and though the only slot is taken until it is known that nobody has the job."""
+    async with backend.receiver([queue]) as receiver:
+        for turns in range(0, 1000, 25):
+            await backend.publish(queue, [message := a_message()])
+            task = asyncio.create_task(receiver.receive(1, wait=LONG))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task})
+            delivery = await take(receiver) if task.cancelled() else task.result()[0]
+            assert delivery.message == message
+            assert await receiver.settle([(delivery, Done())]) == [None]
+
+
 @pytest.mark.parametrize("settlement", [Release(), Release(0.05), Retry(0.0), Retry(0.05)])
 async def test_a_job_that_comes_back_wakes_who_waits(backend: Backend, queue: str, settlement: Settlement) -> None:
     await backend.publish(queue, [message := a_message()])

@@ -764,6 +764,28 @@ async def test_a_connection_is_cut_after_any_number_of_bytes_of_a_reply(
     await direct.delete(key)
 
 
+async def test_what_comes_down_at_the_moment_of_a_cut_on_the_way_up_breaks_nothing() -> None:
+    servers: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        servers.put_nowait(writer)
+        await reader.read()
+
+    async with proxied(conversation) as proxy:
+        async with connected(proxy) as (reader, writer):
+            server = await servers.get()
+            proxy.up.cut_after(1)
+            writer.write(b"12")
+            server.write(b".")  # both are there when the loop looks next
+            assert await all_of(reader) in (b"", b".")
+        async with asyncio.timeout(10):
+            while proxy.connections:
+                await asyncio.sleep(0)
+        async with connected(proxy) as (reader, _):
+            (await servers.get()).write(b"?")
+            assert await reader.read(1) == b"?"
+
+
 @pytest.mark.redis
 async def test_bytes_are_counted_over_all_connections_and_the_last_one_is_cut(proxy: FaultProxy) -> None:
     async with connected(proxy) as first, connected(proxy) as second:

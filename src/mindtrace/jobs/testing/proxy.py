@@ -483,6 +483,7 @@ class _Line:
         self._socket = client
         self._client: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._server: asyncio.StreamWriter | None = None
+        self._down: _Pipe | None = None
 
     async def connect(self, host: str, port: int) -> tuple[_Pipe, _Pipe]:
         """The way up, and the way down."""
@@ -490,7 +491,8 @@ class _Line:
         if self.over:
             raise ConnectionAbortedError
         answers, self._server = await asyncio.open_connection(host, port)
-        return _Pipe(reader, self._server), _Pipe(answers, writer)
+        self._down = _Pipe(answers, writer)
+        return _Pipe(reader, self._server), self._down
 
     def end(self, *, reset: bool) -> None:
         """Close both, and no longer carry anything. Without `reset`, what was passed on still arrives."""
@@ -500,8 +502,8 @@ class _Line:
         if reset:
             for writer in self._writers():
                 _reset(writer)
-        elif not self._client[1].is_closing():
-            self._client[1].write_eof()
+        elif self._down:
+            self._down.end()  # nor does what was read already follow it, before the carrying is cancelled
         self.task.cancel()
 
     async def close(self) -> None:

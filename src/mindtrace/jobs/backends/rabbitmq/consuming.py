@@ -372,29 +372,30 @@ class Consuming:
     # --- taking
 
     async def _take(self, call: Call) -> list[Delivery]:
-        limit = min(call.limit, self._room())
-        if limit <= 0:
-            if not call.pairs and call.wait > 0:
-                await self._wait(call, time.monotonic() + call.wait, False)
-            return []
         until = time.monotonic() + call.wait
-        if self._active and call.wait <= 0 and not call.pairs and not self._any_ahead():
-            await self._pause()  # that nothing was pushed yet is no proof that there is nothing
-        if not self._active and len(self._names) <= _GET_AT_MOST and not self._any_ahead():
-            await self._get(limit, 0.0 if call.pairs else max(_CONNECT_WITHIN, call.wait))
-        # Of several queues the server would push ahead as many from each: only while there is nothing to get.
-        if call.wait > 0 and not call.gone and (not self._any_ahead() or (call.pairs and len(self._names) == 1)):
-            await self._consume(call, until)
-        deliveries = self._handed_over(limit)
+        if min(call.limit, self._room()) > 0:
+            await self._fetch(call, until)
+        deliveries = self._handed_over(call)
         if not deliveries and not call.pairs:
-            if call.wait > 0 and not self._missing and not self.nudged:
-                await self._wait(call, until, True)
-                deliveries = self._handed_over(limit)
+            if call.wait > 0 and not self.nudged and not (call.limit > 0 and self._missing):
+                await self._wait(call, until)
+                deliveries = self._handed_over(call)
             if not deliveries and self._active:
                 self._idle = asyncio.get_running_loop().call_later(_IDLE, self._begin_release, self._calls)
         if self._lease is not None:
             await self._pause()
         return deliveries
+
+    async def _fetch(self, call: Call, until: float) -> None:
+        """Have what there is come, and with a wait have the server push what comes later."""
+        if self._active and call.wait <= 0 and not call.pairs and not self._any_ahead():
+            await self._pause()  # that nothing was pushed yet is no proof that there is nothing
+        if not self._active and len(self._names) <= _GET_AT_MOST and not self._any_ahead():
+            limit = min(call.limit, self._room())
+            await self._get(limit, 0.0 if call.pairs else max(_CONNECT_WITHIN, call.wait))
+        # Of several queues the server would push ahead as many from each: only while there is nothing to get.
+        if call.wait > 0 and not call.gone and (not self._any_ahead() or (call.pairs and len(self._names) == 1)):
+            await self._consume(call, until)
 
     def _room(self) -> int:
         return self._slots - len(self.held) + sum(len(ahead) for ahead in self._ahead.values())
@@ -402,10 +403,14 @@ class Consuming:
     def _any_ahead(self) -> bool:
         return any(self._ahead.values())
 
-    def _handed_over(self, limit: int) -> list[Delivery]:
-        """What came ahead: in order of the queues if strict, else in turns."""
+    def _handed_over(self, call: Call) -> list[Delivery]:
+        """What came ahead: in order of the queues if strict, else in turns. Who has left gets nothing: the next does."""
         taken: list[Delivery] = []
-        names = self._names
+        names, limit = self._names, min(call.limit, self._room())
+        if call.gone:
+            self._left = True
+        if call.gone or limit <= 0:
+            return taken
         if self._strict or len(names) == 1:
             for name in names:
                 ahead = self._ahead[name]
@@ -423,9 +428,13 @@ class Consuming:
         self._fetched_at = time.monotonic()
         return taken
 
-    async def _wait(self, call: Call, until: float, takes: bool) -> None:
-        """Until something came, a nudge, the end of the call's time, or the receiver's."""
+    async def _wait(self, call: Call, until: float) -> None:
+        """Until something came for it, a nudge, the end of the call's time, or the receiver's.
+
+        There is room again when a lease is lost, and something ahead when a caller left who was to get it.
+        """
         assert self._changed is not None  # noqa: S101 (made by the exchange that waits)
+        takes = call.limit > 0
         try:
             while True:
                 self.is_waiting = True
@@ -440,8 +449,8 @@ class Consuming:
                         await self._changed.wait()
                 except TimeoutError:
                     continue
-                if takes and not self._active and not self._ended:  # the line was lost, or the queue is gone
-                    self.is_waiting = False
+                if takes and not self._active and not self._ended and not self._any_ahead() and self._room() > 0:
+                    self.is_waiting = False  # the line was lost, or the queue is gone, or there was no room before
                     await self._consume(call, until)
         finally:
             self.is_waiting = False
@@ -566,11 +575,10 @@ class Consuming:
         held = Counter(held.queue for held in self.held.values() if held.lane is lane)
         with_room = [self._consumers[tag] for tag in active if held[self._consumers[tag]] < self._slots]
         try:
-            replies = [lane.channel.begin(commands.Basic.Cancel(consumer_tag=tag)) for tag in active]
-            if with_room:
-                replies.append(lane.channel.begin(commands.Basic.Qos(prefetch_count=self._slots)))
-            for reply in replies:
+            for reply in [lane.channel.begin(commands.Basic.Cancel(consumer_tag=tag)) for tag in active]:
                 await lane.channel.reply(reply)
+            if with_room:  # asked behind the answer, when what was on its way has reached the channel and been returned
+                await lane.channel.call(commands.Basic.Qos(prefetch_count=self._slots))
             for name in with_room:
                 await self._fetch_returned(name)
         except BackendUnavailable as error:
