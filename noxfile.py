@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,6 +148,9 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
         "RUFF_CACHE_DIR": str(CACHE / "ruff"),
     }
     PYTEST = ("pytest", "-o", f"cache_dir={CACHE / 'pytest'}")
+    PYTEST_BESIDE = ("pytest", "-o", f"cache_dir={CACHE / 'pytest-beside'}")
+    BROKERS = ("redis", "rabbitmq")
+    BACKENDS = ("local", *BROKERS)
     STOPPING = 30.0  # seconds: a Ctrl-C reaches the command as well, and this long it may stop the brokers it started
 
     REQUIRED, *_ = VERSIONS = ("3.11", "3.12", "3.13")
@@ -190,7 +193,7 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
 
     @nox.session(python=FOUND if REQUIRED in FOUND else False)
     def tests(session: nox.Session) -> None:
-        """Run all tests, against real brokers of their own; words after -- go to pytest."""
+        """Run all tests but the chaos, against real brokers of their own; words after -- go to pytest."""
         if REQUIRED not in FOUND:
             session.error(
                 f"The tests need Python {REQUIRED}, and python{REQUIRED} is not on PATH, or does not run. Get it by"
@@ -205,27 +208,42 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
         if session.posargs:  # what some of the tests leave uncovered says little
             session.run("coverage", "run", "-m", *PYTEST, *session.posargs, interrupt_timeout=STOPPING)
             return
-        counts = [Path(session.virtualenv.location, f"exercised-{number}.json") for number in (1, 2)]
-        for file in counts:
-            file.unlink(missing_ok=True)
-        alone, other = ((f"--exercised={file}", "-m") for file in counts)
-        try:
-            with beside(session, *alone, "rabbitmq"):  # these wait for their broker most of the time
-                session.run("coverage", "run", "-m", *PYTEST, *other, "not rabbitmq", interrupt_timeout=STOPPING)
-        finally:
-            total = put_together(counts)
-        if idle := [backend for backend, (_, passed) in total.items() if not passed]:
-            session.error(f"no test passed on {', '.join(idle)}")
+        run_in_two(session, "not chaos", BACKENDS, "coverage", "run", "-m")
         session.run("coverage", "combine", "--quiet")
         session.run("coverage", "report")
 
+    @nox.session
+    def chaos(session: nox.Session) -> None:
+        """Kill, restart and cut for some minutes, and look for what was lost; words after -- go to pytest."""
+        install(session, "-e", ".", *group("test"))
+        if session.posargs:
+            session.run(*PYTEST, "-m", "chaos", *session.posargs, interrupt_timeout=STOPPING)
+        else:
+            run_in_two(session, "chaos", BROKERS)
+
+    def run_in_two(session: nox.Session, chosen: str, backends: Sequence[str], *before: str) -> None:
+        """Run the tests that a marker expression chooses, those of RabbitMQ beside the others; some on each backend."""
+        counts = [Path(session.virtualenv.location, f"exercised-{number}.json") for number in (1, 2)]
+        for file in counts:
+            file.unlink(missing_ok=True)
+        alone, other = (f"--exercised={file}" for file in counts)
+        first = (*before, *PYTEST, other, "-m", f"({chosen}) and not rabbitmq")
+        # These wait for their broker most of the time.
+        second = (*before, *PYTEST_BESIDE, alone, "-m", f"({chosen}) and rabbitmq")
+        try:
+            with beside(session, *second):
+                session.run(*first, interrupt_timeout=STOPPING)
+        finally:
+            total = put_together(counts)
+        if idle := [backend for backend, (_, passed) in total.items() if backend in backends and not passed]:
+            session.error(f"no test passed on {', '.join(idle)}")
+
     @contextmanager
-    def beside(session: nox.Session, *words: str) -> Iterator[None]:
+    def beside(session: nox.Session, program: str, *words: str) -> Iterator[None]:
         """Run other tests meanwhile; what they said follows at the end, and their failure is the session's."""
         report = Path(session.virtualenv.location, "beside.txt")
-        coverage = shutil.which("coverage", path=session.bin)
-        command = [str(coverage), "run", "-m", "pytest", "-o", f"cache_dir={CACHE / 'pytest-beside'}", *words]
-        session.log(f"{shlex.join(['coverage', *command[1:]])} (beside the next, which says its own first)")
+        command = [str(shutil.which(program, path=session.bin)), *words]
+        session.log(f"{shlex.join([program, *words])} (beside the next, which says its own first)")
         env = {name: value for name, value in {**os.environ, **session.env}.items() if value is not None}
         with report.open("wb") as output:
             process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
@@ -321,7 +339,7 @@ elif nox is not None:  # loaded by nox, which reads the file a second time for i
         session.run(str(empty / PYTHON_IN), "-m", "pip", "install", "--quiet", str(wheel), external=True)
         session.run(str((empty / PYTHON_IN).with_name("mindtrace-jobs")), "demo", external=True)
 
-    BROKERS = """
+    START_BROKERS = """
 import contextlib, signal
 from mindtrace.jobs.testing import brokers
 
@@ -336,4 +354,4 @@ with contextlib.suppress(KeyboardInterrupt), brokers.redis() as redis, brokers.r
     def brokers(session: nox.Session) -> None:
         """Start a Redis and a RabbitMQ, print how to export their URLs, stop them at Ctrl-C."""
         install(session, "-e", ".")
-        session.run("python", "-c", BROKERS, log=False, interrupt_timeout=STOPPING)
+        session.run("python", "-c", START_BROKERS, log=False, interrupt_timeout=STOPPING)

@@ -11,7 +11,7 @@ import pytest
 
 from mindtrace.jobs import RetryPolicy
 
-pytestmark = [pytest.mark.anyio, pytest.mark.rabbitmq, pytest.mark.fault]
+pytestmark = [pytest.mark.anyio, pytest.mark.rabbitmq, pytest.mark.fault, pytest.mark.chaos]
 
 KILLS = 50
 CRASH_LIMIT = 5  # the default
@@ -19,10 +19,13 @@ BLOCKED = 15.0
 
 
 async def ends_well(processes: list[Any]) -> bool:
-    """Whether these end with status 0 when they are asked to."""
+    """Whether these end with status 0 when they are asked to; one that has just been started is let begin first."""
     for process in processes:
+        await process.says("concurrency")
         process.signal(signal.SIGTERM)
-    return [await process.status() for process in processes] == [0] * len(processes)
+    ended = [(await process.status(), process.log()) for process in processes]
+    assert [status for status, _ in ended] == [0] * len(processes), [log for status, log in ended if status]
+    return True
 
 
 @pytest.mark.timeout(180)  # it starts 54 processes, as fast as it can

@@ -14,7 +14,7 @@ import pytest
 from mindtrace.jobs import AsyncOrchestrator, BackendUnavailable
 from mindtrace.jobs.testing.brokers import Broker
 
-pytestmark = [pytest.mark.anyio, pytest.mark.rabbitmq, pytest.mark.fault]
+pytestmark = [pytest.mark.anyio, pytest.mark.rabbitmq, pytest.mark.fault, pytest.mark.chaos]
 
 WRITERS = 20
 GOES_ON_WITHIN = 2.0
@@ -78,7 +78,7 @@ async def cut_while(scene: Any, kill: asyncio.Barrier) -> None:
     assert [error is not None and not error.maybe_published for error in cut] == [True] * 50
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 async def test_kills_and_a_restart_of_the_server_under_load_lose_nothing_that_was_published(
     server: Broker, new_scene: Callable[..., Any], random: Random
 ) -> None:

@@ -20,7 +20,7 @@ from mindtrace.jobs.testing.brokers import Broker
 from mindtrace.jobs.testing.faults import MOMENTS, CancelAt, every_suspension
 from mindtrace.jobs.wire import Message
 
-pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.rabbitmq]
+pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.rabbitmq, pytest.mark.chaos]
 
 ALL = DeadFilter()
 Opened = Callable[..., Awaitable[RabbitMQBackend]]

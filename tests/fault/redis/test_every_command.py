@@ -34,7 +34,7 @@ from mindtrace.jobs.testing.faults import CancelAt, every_suspension
 from mindtrace.jobs.testing.proxy import FaultProxy, Trap
 from mindtrace.jobs.wire import Message
 
-pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.redis]
+pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.redis, pytest.mark.chaos]
 
 ALL = DeadFilter()
 

@@ -12,7 +12,7 @@ import pytest
 from mindtrace.jobs import BackendUnavailable, RetryPolicy
 from mindtrace.jobs.testing.ledger import Entry
 
-pytestmark = [pytest.mark.anyio, pytest.mark.redis, pytest.mark.fault]
+pytestmark = [pytest.mark.anyio, pytest.mark.redis, pytest.mark.fault, pytest.mark.chaos]
 
 KILLS = 50
 CRASH_LIMIT = 5  # the default
@@ -31,10 +31,13 @@ def asked_again(entries: list[Entry]) -> int:
 
 
 async def ends_well(processes: list[Any]) -> bool:
-    """Whether these end with status 0 when they are asked to."""
+    """Whether these end with status 0 when they are asked to; one that has just been started is let begin first."""
     for process in processes:
+        await process.says("concurrency")
         process.signal(signal.SIGTERM)
-    return [await process.status() for process in processes] == [0] * len(processes)
+    ended = [(await process.status(), process.log()) for process in processes]
+    assert [status for status, _ in ended] == [0] * len(processes), [log for status, log in ended if status]
+    return True
 
 
 @pytest.mark.timeout(180)  # it starts 54 processes, as fast as it can

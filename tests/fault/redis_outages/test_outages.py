@@ -55,7 +55,7 @@ from mindtrace.jobs.wire import Message
 if TYPE_CHECKING:
     from tests.fault.redis_outages.conftest import Server
 
-pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.redis]
+pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.redis, pytest.mark.chaos]
 
 NewServer = Callable[..., "Server"]
 NewBackend = Callable[..., Awaitable[RedisBackend]]

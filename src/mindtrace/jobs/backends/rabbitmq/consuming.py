@@ -404,7 +404,7 @@ class Consuming:
         return any(self._ahead.values())
 
     def _handed_over(self, call: Call) -> list[Delivery]:
-        """What came ahead: in order of the queues if strict, else in turns. Who has left gets nothing: the next does."""
+        """What came ahead: in order of the queues if strict, else in turns. Who has left gets nothing, but the next."""
         taken: list[Delivery] = []
         names, limit = self._names, min(call.limit, self._room())
         if call.gone:
