@@ -23,7 +23,7 @@ class Accounts:
     def __init__(self, worker: str, listeners: Sequence[Listener]) -> None:
         self.handled: int = 0
         """Deliveries that were settled, and not handed back."""
-        self._worker, self._listeners = worker, tuple(listeners)
+        self._worker, self._listeners = worker, listeners
 
     async def settled(self, finished: Sequence[Finished], answers: Sequence[Settled]) -> None:
         """Deliveries have ended; `answers` says what the broker made of it."""

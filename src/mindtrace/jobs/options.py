@@ -1,7 +1,6 @@
 """`WorkerOptions`: what a worker is told, checked once."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,10 +27,12 @@ class WorkerOptions:
     prefetch: int
     ahead: int
     max_jobs: int | None
+    max_memory: float | None
+    max_age: float | None
     until_idle: bool
     poll_timeout: float
     unknown_ttl: float
-    listeners: Sequence[Listener]
+    listeners: tuple[Listener, ...]
     name: str
 
     def __post_init__(self) -> None:
@@ -42,6 +43,12 @@ class WorkerOptions:
             raise ConfigError(f"prefetch={self.prefetch!r}: a whole number from 1 on")
         if not is_whole(self.ahead) or self.ahead < 0:
             raise ConfigError(f"ahead={self.ahead!r}: a whole number from 0 on")
+        for option, unit in (("max_memory", "MiB"), ("max_age", "seconds")):
+            limit = getattr(self, option)
+            if limit is not None and (not is_seconds(limit) or limit <= 0):
+                raise ConfigError(f"{option}={limit!r}: {unit} above 0, or None for no limit")
+        if not self.name:
+            raise ConfigError(f"name={self.name!r}: at least one character")
         for option in ("drain", "cancel_grace", "unknown_ttl"):
             seconds = getattr(self, option)
             if not is_seconds(seconds) or seconds < 0:

@@ -20,6 +20,7 @@ from mindtrace.jobs.errors import (
     UnknownSchema,
 )
 from mindtrace.jobs.health import Pulse
+from mindtrace.jobs.memory import resident
 from mindtrace.jobs.options import WorkerOptions
 from mindtrace.jobs.routes import Routes
 from mindtrace.jobs.runs import Finished, Run, Runs
@@ -31,6 +32,7 @@ SUSPECT_CRASHES = 2
 """Crashes from which on a job is suspected of killing its worker, and is run with no other suspect beside it."""
 LONGEST_PAUSE = 1.0
 """Seconds between two tries where the broker is away."""
+_WEIGH_EVERY = 0.1  # seconds; a look costs as much as a short job
 _SETTLE_TIMEOUT = 2.0
 _OVERLAPS = 32  # free slots, of which more are filled in two halves
 
@@ -82,10 +84,11 @@ class Pump:
         self._receiver: Receiver | None = None
         self._patience: asyncio.TimerHandle | None = None
         self._taken = 0
+        self._began = self._weighed = time.monotonic()
 
     async def run(self, receiver: Receiver) -> None:
         """Until told to stop; then end what runs and settle it."""
-        self._receiver = receiver
+        self._receiver, self._began = receiver, time.monotonic()
         try:
             try:
                 await self._turn(receiver)
@@ -112,7 +115,7 @@ class Pump:
         options = self._options
         while True:
             finished, self.runs.finished = self.runs.finished, []
-            if options.max_jobs is not None and self._taken >= options.max_jobs and not self.runs:
+            if self.stopping is None and self._is_spent():
                 self._drain()
             stopping = self.stopping
             if stopping is not None and not finished and (not self.runs or time.monotonic() >= stopping):
@@ -149,6 +152,21 @@ class Pump:
                 continue
             if options.until_idle and room > 0 and not (stopping or finished or self.runs or self.runs.finished):
                 self._drain()  # there was room for a job, and there was none
+
+    def _is_spent(self) -> bool:
+        """Whether it has done what a worker is to do in its life, so that it is time for a new one."""
+        options, now = self._options, time.monotonic()
+        if options.max_jobs is not None and self._taken >= options.max_jobs:
+            return not self.runs
+        if options.max_age is not None and now - self._began >= options.max_age:
+            _log.info("worker %s: %.0f s old, draining (max_age)", self._worker, now - self._began)
+            return True
+        if options.max_memory is not None and now - self._weighed >= _WEIGH_EVERY:
+            self._weighed = now
+            if (mib := resident()) > options.max_memory:
+                _log.info("worker %s: %.0f MiB resident, draining (max_memory)", self._worker, mib)
+                return True
+        return False
 
     def _drain(self) -> None:
         if self.stopping is None:

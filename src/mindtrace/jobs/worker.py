@@ -1,6 +1,7 @@
 """`Worker`: receive, run, settle, until told to stop."""
 
 import asyncio
+import difflib
 import logging
 import math
 import os
@@ -9,7 +10,9 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from random import Random
+from types import EllipsisType
 from typing import Any, Literal, Self
 
 from mindtrace.jobs.ahead import Ahead
@@ -22,10 +25,11 @@ from mindtrace.jobs.options import WorkerOptions
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.pump import LONGEST_PAUSE, Pump
 from mindtrace.jobs.retry import RetryPolicy
-from mindtrace.jobs.routes import Routes
+from mindtrace.jobs.routes import Routes, queue_of
 from mindtrace.jobs.threads import BlockingRuns, ThreadPool
 
 _log = logging.getLogger(__name__)
+
 
 class Worker:
     """Runs the jobs of its consumers, several at once, until told to stop.
@@ -48,6 +52,8 @@ class Worker:
         ahead: deliveries to hold beyond `concurrency` while runs take under 10 ms; handed back once one takes 100 ms.
             None are with `ack="early"`, or on a backend that could not put them back in their place.
         max_jobs: stop after so many deliveries.
+        max_memory: MiB of this process that may be resident; above it, drain: for work that leaks.
+        max_age: seconds, after which to drain.
         until_idle: stop once nothing is ready.
         poll_timeout: the longest single wait for a job, in seconds; a job that comes meanwhile ends it at once.
         unknown_ttl: seconds after which a job whose schema nobody knows is dead.
@@ -75,6 +81,8 @@ class Worker:
         prefetch: int = 1,
         ahead: int = 0,
         max_jobs: int | None = None,
+        max_memory: float | None = None,
+        max_age: float | None = None,
         until_idle: bool = False,
         poll_timeout: float = 1.0,
         unknown_ttl: float = 86400.0,
@@ -97,10 +105,12 @@ class Worker:
             prefetch=prefetch,
             ahead=ahead,
             max_jobs=max_jobs,
+            max_memory=max_memory,
+            max_age=max_age,
             until_idle=until_idle,
             poll_timeout=poll_timeout,
             unknown_ttl=unknown_ttl,
-            listeners=listeners,
+            listeners=tuple(listeners),
             name=name,
         )
         self._consumers, self._threads = tuple(consumers), threads
@@ -156,8 +166,75 @@ class Worker:
         """How many deliveries were handed back because the worker stopped."""
         return self._pump.runs.released
 
+    def configure(
+        self,
+        *,
+        queues: Sequence[str] | None = None,
+        concurrency: int | None = None,
+        max_jobs: int | None = None,
+        max_memory: float | None = None,
+        max_age: float | None = None,
+        until_idle: bool | None = None,
+        timeout: float | EllipsisType | None = ...,
+        drain: float | None = None,
+        name: str | None = None,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        """Change options before it runs: for whoever starts a worker that somebody else has made.
+
+        None leaves an option as it is; `timeout` is left by `...`, since None means no limit there.
+
+        Args:
+            queues: only the consumers that take from these.
+            concurrency: see `Worker`, as the rest.
+            max_jobs: the same.
+            max_memory: the same.
+            max_age: the same.
+            until_idle: the same.
+            timeout: the same.
+            drain: the same.
+            name: the same.
+            listeners: told as well as those there are.
+
+        Raises:
+            ConfigError: a value is out of its range, or no consumer takes from one of the queues; nothing has changed.
+            Closed: it runs, or has run.
+        """
+        if self._main is not None:
+            raise Closed("a worker is configured before it runs: this one has begun")
+        consumers = self._consumers if queues is None else self._consumers_of(queues)
+        given: dict[str, Any] = {
+            "concurrency": concurrency,
+            "max_jobs": max_jobs,
+            "max_memory": max_memory,
+            "max_age": max_age,
+            "until_idle": until_idle,
+            "drain": drain,
+            "name": name,
+        }
+        changed = {option: value for option, value in given.items() if value is not None}
+        if not isinstance(timeout, EllipsisType):
+            changed["timeout"] = timeout
+        self._options = replace(self._options, listeners=(*self._options.listeners, *listeners), **changed)
+        self._consumers = consumers
+        self._assemble()
+
+    def _consumers_of(self, queues: Sequence[str]) -> tuple[AnyConsumer[Any, Any], ...]:
+        wanted = [queues] if isinstance(queues, str) else list(queues)
+        by_queue = [(queue_of(self.orchestrator, one), one) for one in self._consumers]
+        known = sorted({queue for queue, _ in by_queue})
+        said = f"this worker takes from {', '.join(map(repr, known))}"
+        if not wanted:
+            raise ConfigError(f"queues={queues!r}: name at least one; {said}")
+        for queue in wanted:
+            if queue not in known:
+                near = difflib.get_close_matches(queue, known, n=1)
+                meant = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(f"no consumer takes from the queue {queue!r}: {meant}{said}")
+        return tuple(one for queue, one in by_queue if queue in wanted)
+
     async def run(self) -> int:
-        """Run until stopped, by `stop()`, a signal, `max_jobs` or `until_idle`; once.
+        """Run until stopped, by `stop()`, a signal, `until_idle` or one of the `max_` options; once.
 
         In the main thread SIGTERM and SIGINT are taken meanwhile: the first drains, the second cancels what runs, the
         third ends the process at once.
