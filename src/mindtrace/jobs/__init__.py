@@ -49,6 +49,7 @@ from mindtrace.jobs.errors import (
     WouldDeadlock,
 )
 from mindtrace.jobs.events import Event, JobPublished, JobSettled, JobStarted, Listener
+from mindtrace.jobs.health import Health
 from mindtrace.jobs.job import ExecutionStatus, Job, JobId, JobSchema, job_from_schema
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.retry import RetryPolicy
@@ -61,7 +62,7 @@ from mindtrace.jobs.sync import (
     RabbitMQConsumerBackend,
     RedisConsumerBackend,
 )
-from mindtrace.jobs.worker import Health, Worker
+from mindtrace.jobs.worker import Worker
 
 if TYPE_CHECKING:
     from mindtrace.jobs.backends.local import LocalBackend as LocalBackend
