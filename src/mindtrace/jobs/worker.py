@@ -150,6 +150,7 @@ class Worker:
         policy = RetryPolicy() if retry is None else RetryPolicy.of(retry)
         self._timeout = math.inf if timeout is None else timeout
         self._routes = Routes(orchestrator, consumers, policy=policy, timeout=self._timeout, unknown_ttl=unknown_ttl)
+        self._consumers = tuple(consumers)
         self._lease, self._drain, self._strict, self._poll_timeout = lease, drain, strict, poll_timeout
         self._max_jobs, self._until_idle = max_jobs, until_idle
         self._random = random or Random()  # noqa: S311 (jitter, not secrets)
@@ -186,6 +187,11 @@ class Worker:
         self._embedded: asyncio.Task[None] | None = None
 
     # --- what people call
+
+    @property
+    def consumers(self) -> tuple[AnyConsumer[Any, Any], ...]:
+        """What it was made with."""
+        return self._consumers
 
     @property
     def released(self) -> int:
