@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from mindtrace.jobs.delivery import (
     DeadFilter,
@@ -94,6 +94,7 @@ class Traits:
         atomic_batch: of a batch (of up to 500) all that can be stored is stored in one step; in a full queue nothing.
         lookup: jobs can be looked up by id.
         exact_depth: `depth` knows scheduled and leased jobs too, all at one instant.
+        lists_queues: `queues` gives all of the namespace; False: those that this process has declared or attached to.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Traits:
     atomic_batch: bool
     lookup: bool
     exact_depth: bool
+    lists_queues: bool
 
 
 class Receiver(Protocol):
@@ -170,6 +172,10 @@ class Receiver(Protocol):
         return settled
 
 
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told how many are done, and of how many, while a long call goes on; on the loop of the call."""
+
+
 class DeadLetters(Protocol):
     """The dead letters of one queue. Looking changes nothing."""
 
@@ -185,8 +191,21 @@ class DeadLetters(Protocol):
         """How many there are."""
         ...
 
-    async def replay(self, which: Sequence[JobId] | DeadFilter, *, rate: float | None = None) -> int:
-        """Put jobs back under their ids, with their counters at 0; `rate`: at most so many a second.
+    async def replay(
+        self,
+        which: Sequence[JobId] | DeadFilter,
+        *,
+        rate: float | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        """Put jobs back under their ids, with their counters at 0.
+
+        Args:
+            which: these ids; or all that the filter leaves, oldest first.
+            rate: at most so many a second.
+            limit: the first so many of them.
+            progress: told after each step.
 
         Returns:
             how many were put back.
@@ -196,7 +215,9 @@ class DeadLetters(Protocol):
         """
         ...
 
-    async def purge(self, which: Sequence[JobId] | DeadFilter) -> int:
+    async def purge(
+        self, which: Sequence[JobId] | DeadFilter, *, limit: int | None = None, progress: Progress | None = None
+    ) -> int:
         """Forget them. Returns how many. Raises `JobNotFound` for an id that is not there; nothing was forgotten."""
         ...
 

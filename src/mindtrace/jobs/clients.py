@@ -71,6 +71,10 @@ class Client(Generic[B]):
         if self._is_open and self._pid == os.getpid():
             background.call(self._close)
 
+    def separate(self) -> B:
+        """Another backend of the same address, which nobody has opened yet: for an event loop of the caller's own."""
+        return self._new(None)
+
     def _new(self, old: B | None) -> B:
         """A backend; in a forked child in place of the parent's."""
         raise NotImplementedError

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from mindtrace.jobs.backend import DeadLetters
+from mindtrace.jobs.backend import DeadLetters, Progress
 from mindtrace.jobs.delivery import DeadFilter, DeadPage, DeadReason, DeadRecord
 from mindtrace.jobs.errors import ConfigError, Refused
 from mindtrace.jobs.job import JobId
+from mindtrace.jobs.retry import is_whole
 from mindtrace.jobs.wire import PAYLOAD_LIMIT_MOST, Envelope, decode
 
 
@@ -50,6 +51,8 @@ class AsyncDeadLetters:
         reason: DeadReason | None = None,
         since: datetime | None = None,
         rate: float | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
     ) -> int:
         """Put jobs back under their ids, at the back of their priority, with their counters at 0.
 
@@ -59,6 +62,8 @@ class AsyncDeadLetters:
             reason: see the class.
             since: see the class.
             rate: at most so many jobs a second.
+            limit: the oldest so many of what the filter leaves; of `ids` the first.
+            progress: told how many are done, and of how many, after each step; on the loop of the call.
 
         Returns:
             how many were put back.
@@ -66,7 +71,8 @@ class AsyncDeadLetters:
         Raises:
             JobNotFound: an id that is not there; nothing was put back.
         """
-        return await self._letters.replay(await self._which(ids, schema, reason, since), rate=rate)
+        which = await self._which(ids, schema, reason, since)
+        return await self._letters.replay(which, rate=rate, limit=_limit(limit), progress=progress)
 
     async def purge(
         self,
@@ -75,9 +81,12 @@ class AsyncDeadLetters:
         schema: str | None = None,
         reason: DeadReason | None = None,
         since: datetime | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
     ) -> int:
         """Forget them, for good. Arguments, result and errors as `replay`."""
-        return await self._letters.purge(await self._which(ids, schema, reason, since))
+        which = await self._which(ids, schema, reason, since)
+        return await self._letters.purge(which, limit=_limit(limit), progress=progress)
 
     async def _which(
         self, ids: Sequence[JobId] | None, schema: str | None, reason: DeadReason | None, since: datetime | None
@@ -95,7 +104,7 @@ class AsyncDeadLetters:
             page = await self._letters.list(where, limit=500, cursor=cursor)
             chosen += [record.message.id for record in page.records if schema_of(record) == schema]
             if page.cursor is None:
-                return chosen
+                return chosen[::-1]  # oldest first, as a filter of the backend's gives them
             cursor = page.cursor
 
 
@@ -106,6 +115,12 @@ def schema_of(record: DeadRecord) -> str | None:
     except Refused:
         return None
     return envelope.schema_name if isinstance(envelope, Envelope) else None
+
+
+def _limit(limit: int | None) -> int | None:
+    if limit is not None and (not is_whole(limit) or limit < 1):
+        raise ConfigError(f"limit={limit!r}: a whole number from 1 on")
+    return limit
 
 
 def _where(reason: DeadReason | None, since: datetime | None) -> DeadFilter:

@@ -152,6 +152,11 @@ class Worker:
     # --- what people call
 
     @property
+    def consumers(self) -> tuple[AnyConsumer[Any, Any], ...]:
+        """What it was made with."""
+        return self._consumers
+
+    @property
     def concurrency(self) -> int:
         """How many jobs are run at once."""
         return self._options.concurrency

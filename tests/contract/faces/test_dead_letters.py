@@ -116,6 +116,33 @@ async def test_a_filter_says_which_are_listed_replayed_and_purged(
     assert await jobs.count_queue_messages("parcels") == len(found)
 
 
+@pytest.mark.parametrize("verb", ["replay", "purge"])
+async def test_a_limit_takes_the_oldest_and_the_progress_of_a_call_is_told(jobs: Any, letters: Any, verb: str) -> None:
+    told: list[tuple[int, int]] = []
+    call = getattr(letters, verb)
+    assert await call(schema="parcels", limit=2, progress=lambda *counts: told.append(counts)) == 2
+    assert ids(await letters.list()) == "edc"
+    assert await call(["e", "c", "d"], limit=1) == 1
+    assert ids(await letters.list()) == "dc"
+    assert told[-1] == (2, 2)
+    assert told == sorted(set(told))
+    assert await jobs.count_queue_messages("parcels") == (3 if verb == "replay" else 0)
+
+
+async def test_a_replay_at_a_rate_tells_of_each_job(letters: Any) -> None:
+    told: list[tuple[int, int]] = []
+    await letters.replay(rate=1000.0, progress=lambda *counts: told.append(counts))
+    assert told == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
+async def test_a_limit_that_is_none_is_refused(letters: Any, limit: Any) -> None:
+    for call in (letters.replay, letters.purge):
+        with pytest.raises(ConfigError, match="limit"):
+            await call(limit=limit)
+    assert await letters.count() == 5
+
+
 @pytest.mark.parametrize("where", [{"limit": 0}, {"limit": -1}, {"limit": 1.5}, {"cursor": "nonsense"}], ids=str)
 async def test_a_page_that_cannot_be_is_a_value_error(letters: Any, where: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"limit|cursor"):

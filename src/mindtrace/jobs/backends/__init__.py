@@ -6,16 +6,18 @@ from mindtrace.jobs.backend import Backend
 from mindtrace.jobs.errors import ConfigError
 
 LOCAL = "local://"
+NAMESPACE = "mtj"
 _SCHEMES = ("local", "redis", "rediss", "amqp", "amqps")
 
 
-def connect(url: str | None = None) -> Backend:
+def connect(url: str | None = None, *, namespace: str | None = None) -> Backend:
     """The backend that the URL names; it is not opened yet.
 
     Args:
         url: `local://` for the one in this process; `redis://[[user]:password@]host[:port][/db]`;
             `amqp://[user:password@]host[:port][/virtual-host]` for RabbitMQ; `rediss://` and `amqps://` are the same
             with TLS; None takes `MINDTRACE_JOBS_URL`, else `local://`.
+        namespace: what tells applications on one server apart; None is `mtj`. `local://` has none.
 
     Raises:
         ConfigError: no backend of that scheme, or something in the URL is wrong; the text never shows what may be a
@@ -25,14 +27,16 @@ def connect(url: str | None = None) -> Backend:
     if url == LOCAL:
         from mindtrace.jobs.backends.local import LocalBackend
 
+        if namespace is not None:
+            raise ConfigError(f"namespace={namespace!r}: local:// has none, it is in this process alone")
         return LocalBackend()
     if url.startswith("amqp"):
         from mindtrace.jobs.backends.rabbitmq import RabbitMQBackend
 
-        return RabbitMQBackend.from_url(url)
+        return RabbitMQBackend.from_url(url, namespace=NAMESPACE if namespace is None else namespace)
     from mindtrace.jobs.backends.redis import RedisBackend
 
-    return RedisBackend.from_url(url)
+    return RedisBackend.from_url(url, namespace=NAMESPACE if namespace is None else namespace)
 
 
 def address(url: str | None) -> str:

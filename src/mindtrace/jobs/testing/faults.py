@@ -17,7 +17,7 @@ from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
-from mindtrace.jobs.backend import Backend, DeadLetters, Depth, QueueSpec, Receiver, Traits
+from mindtrace.jobs.backend import Backend, DeadLetters, Depth, Progress, QueueSpec, Receiver, Traits
 from mindtrace.jobs.delivery import (
     DeadFilter,
     DeadPage,
@@ -476,11 +476,22 @@ class _DistantDeadLetters(DeadLetters):
     async def count(self) -> int:
         return await self._backend.call("count", self._letters.count)
 
-    async def replay(self, which: Sequence[JobId] | DeadFilter, *, rate: float | None = None) -> int:
-        return await self._backend.call("replay", lambda: self._letters.replay(which, rate=rate))
+    async def replay(
+        self,
+        which: Sequence[JobId] | DeadFilter,
+        *,
+        rate: float | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        return await self._backend.call(
+            "replay", lambda: self._letters.replay(which, rate=rate, limit=limit, progress=progress)
+        )
 
-    async def purge(self, which: Sequence[JobId] | DeadFilter) -> int:
-        return await self._backend.call("purge", lambda: self._letters.purge(which))
+    async def purge(
+        self, which: Sequence[JobId] | DeadFilter, *, limit: int | None = None, progress: Progress | None = None
+    ) -> int:
+        return await self._backend.call("purge", lambda: self._letters.purge(which, limit=limit, progress=progress))
 
 
 def _broken() -> BackendUnavailable:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
-from mindtrace.jobs.backend import DeadLetters, Home
+from mindtrace.jobs.backend import DeadLetters, Home, Progress
 from mindtrace.jobs.backends.local.clock import Clock
 from mindtrace.jobs.backends.local.queue import Queue
 from mindtrace.jobs.delivery import DeadFilter, DeadPage, DeadRecord
@@ -46,25 +46,39 @@ class LocalDeadLetters(DeadLetters):
         """How many there are."""
         return len(self._dead())
 
-    async def replay(self, which: Sequence[JobId] | DeadFilter, *, rate: float | None = None) -> int:
+    async def replay(
+        self,
+        which: Sequence[JobId] | DeadFilter,
+        *,
+        rate: float | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
         """Put jobs back under their ids."""
         if rate is not None and not (is_seconds(rate) and rate > 0):
             raise ConfigError(f"rate={rate!r}: jobs a second, above 0")
         count = 0
-        for record in self._chosen(which):
+        records = self._chosen(which)[:limit]
+        for done, record in enumerate(records):
             if rate is not None and count:
                 await self._clock.until(self._clock.now() + 1 / rate)
             queue = self._queue()
             if queue.dead.get(record.message.id) is record:  # not replayed or purged by another meanwhile
                 queue.replay(record)
                 count += 1
+            if progress is not None:
+                progress(done + 1, len(records))
         return count
 
-    async def purge(self, which: Sequence[JobId] | DeadFilter) -> int:
+    async def purge(
+        self, which: Sequence[JobId] | DeadFilter, *, limit: int | None = None, progress: Progress | None = None
+    ) -> int:
         """Forget them."""
-        records, queue = self._chosen(which), self._queue()
+        records, queue = self._chosen(which)[:limit], self._queue()
         for record in records:
             queue.forget(record)
+        if progress is not None:
+            progress(len(records), len(records))
         return len(records)
 
     def _chosen(self, which: Sequence[JobId] | DeadFilter) -> Sequence[DeadRecord]:

@@ -62,6 +62,7 @@ _TRAITS = Traits(
     atomic_batch=False,
     lookup=False,
     exact_depth=False,
+    lists_queues=False,
 )
 
 

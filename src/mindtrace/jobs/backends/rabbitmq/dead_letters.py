@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from pamqp import commands
 
-from mindtrace.jobs.backend import DeadLetters
+from mindtrace.jobs.backend import DeadLetters, Progress
 from mindtrace.jobs.backends.rabbitmq.admin import Admin
 from mindtrace.jobs.backends.rabbitmq.channels import Content
 from mindtrace.jobs.backends.rabbitmq.counts import counts_of, death_of, dicts_of, errors_of, headers_of, id_of
@@ -109,13 +109,20 @@ class RabbitMQDeadLetters(DeadLetters):
             raise QueueNotFound(self._queue)
         return kept.messages
 
-    async def replay(self, which: Sequence[JobId] | DeadFilter, *, rate: float | None = None) -> int:
+    async def replay(
+        self,
+        which: Sequence[JobId] | DeadFilter,
+        *,
+        rate: float | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
         """Put jobs back: stored and confirmed, then taken from the dead letters. A crash between doubles some."""
         if rate is not None and not (is_seconds(rate) and rate > 0):
             raise ConfigError(f"rate={rate!r}: jobs a second, above 0")
         count = 0
         async with self._reading() as reading:
-            chosen = await self._chosen(reading, which)
+            chosen = (await self._chosen(reading, which))[:limit]
             together = _TOGETHER if rate is None else 1
             for start in range(0, len(chosen), together):
                 if rate is not None and start:
@@ -124,13 +131,19 @@ class RabbitMQDeadLetters(DeadLetters):
                 await self._store(some)
                 await self._acknowledge(reading, some)
                 count += len(some)
+                if progress is not None:
+                    progress(count, len(chosen))
         return count
 
-    async def purge(self, which: Sequence[JobId] | DeadFilter) -> int:
+    async def purge(
+        self, which: Sequence[JobId] | DeadFilter, *, limit: int | None = None, progress: Progress | None = None
+    ) -> int:
         """Forget them."""
         async with self._reading() as reading:
-            chosen = await self._chosen(reading, which)
+            chosen = (await self._chosen(reading, which))[:limit]
             await self._acknowledge(reading, chosen)
+            if progress is not None:
+                progress(len(chosen), len(chosen))
         return len(chosen)
 
     async def _chosen(self, reading: "_Reading", which: Sequence[JobId] | DeadFilter) -> _Letters:

@@ -50,6 +50,7 @@ _TRAITS = Traits(
     atomic_batch=True,
     lookup=False,
     exact_depth=True,
+    lists_queues=True,
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast, get_args
 
-from mindtrace.jobs.backend import BATCH, DeadLetters
+from mindtrace.jobs.backend import BATCH, DeadLetters, Progress
 from mindtrace.jobs.backends.redis.failures import errors_of
 from mindtrace.jobs.backends.redis.keys import QueueKeys
 from mindtrace.jobs.backends.redis.scripts import Letters, Scripts, text_of
@@ -60,25 +60,38 @@ class RedisDeadLetters(DeadLetters):
         """How many there are."""
         return (await self._opened().depth(self._keys, self._queue))[3]
 
-    async def replay(self, which: Sequence[JobId] | DeadFilter, *, rate: float | None = None) -> int:
+    async def replay(
+        self,
+        which: Sequence[JobId] | DeadFilter,
+        *,
+        rate: float | None = None,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
         """Put jobs back under their ids; up to 500 in one step, and one at a time with a `rate`."""
         if rate is not None and not (is_seconds(rate) and rate > 0):
             raise ConfigError(f"rate={rate!r}: jobs a second, above 0")
-        job_ids = await self._chosen(which)
+        job_ids = (await self._chosen(which))[:limit]
         together = BATCH if rate is None else 1
         count = 0
         for start in range(0, len(job_ids), together):
             if rate is not None and start:
                 await asyncio.sleep(1 / rate)
             count += await self._opened().replay(self._keys, self._queue, job_ids[start : start + together])
+            if progress is not None:
+                progress(min(start + together, len(job_ids)), len(job_ids))
         return count
 
-    async def purge(self, which: Sequence[JobId] | DeadFilter) -> int:
+    async def purge(
+        self, which: Sequence[JobId] | DeadFilter, *, limit: int | None = None, progress: Progress | None = None
+    ) -> int:
         """Forget them."""
-        job_ids = await self._chosen(which)
+        job_ids = (await self._chosen(which))[:limit]
         count = 0
         for start in range(0, len(job_ids), BATCH):
             count += await self._opened().purge(self._keys, self._queue, job_ids[start : start + BATCH])
+            if progress is not None:
+                progress(min(start + BATCH, len(job_ids)), len(job_ids))
         return count
 
     async def _chosen(self, which: Sequence[JobId] | DeadFilter) -> Sequence[JobId]:
