@@ -440,6 +440,10 @@ def _shown(value: object) -> str:
             return "yes" if value else "no"
         case str():
             return f"`{value}`"
+        case None:
+            return "none"
+        case float():
+            return f"{value:g} s"
         case (lowest, highest):
             return f"{_number(lowest)} to {_number(highest)}"
     raise AssertionError(f"{value!r}: how is it to be written?")

@@ -80,7 +80,7 @@ def test_a_queue_that_no_broker_could_name_is_not_declared(name: str) -> None:
     [
         (QueueSpec("orders"), "kind"),
         (Depth(1, 2, 3, 4), "ready"),
-        (Traits("local", "memory", (0, 9), True, True, True, True, True, True, True, True, True), "stack"),
+        (Traits("local", "memory", (0, 9), True, True, True, True, True, True, True, True, True, None), "stack"),
     ],
     ids=["queue", "depth", "traits"],
 )
@@ -105,6 +105,7 @@ def test_the_fields_of_a_depth_and_of_traits_are_fixed_in_name_and_order() -> No
         "lookup",
         "exact_depth",
         "lists_queues",
+        "run_limit",
     ]
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from mindtrace.jobs import (
     Reject,
     RetryLater,
     RetryPolicy,
+    Traits,
     Worker,
 )
 from mindtrace.jobs.backends.local import LocalBackend
@@ -71,6 +73,28 @@ async def test_a_worker_says_at_its_start_what_it_does(
     [line] = [r.getMessage() for r in caplog.records if "concurrency" in r.getMessage()]
     for part in (worker.name, "north@", "jobs", "tills", "concurrency 7", said):
         assert part in line
+
+
+class Hasty(LocalBackend):
+    """Takes a job away from who runs it for longer than half an hour, as it says."""
+
+    @property
+    def traits(self) -> Traits:
+        return replace(super().traits, run_limit=1800.0)
+
+
+@pytest.mark.parametrize(("timeout", "own", "is_told"), [(300.0, ..., False), (300.0, 1790.0, True), (None, ..., True)])
+async def test_a_worker_warns_where_a_run_may_take_longer_than_the_broker_leaves_it(
+    consumer: Make, caplog: pytest.LogCaptureFixture, timeout: float | None, own: Any, is_told: bool
+) -> None:
+    async with AsyncOrchestrator(Hasty()) as orchestrator:
+        runs = consumer(nothing)
+        if own is not ...:
+            type(runs).timeout = own
+        await Worker(orchestrator, [runs], timeout=timeout, until_idle=True).run()
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == is_told
+    assert all("longer than 30 min" in line and "timeout" in line for line in told)
 
 
 async def test_an_orchestrator_says_when_it_is_opened_how_durable_its_backend_is(

@@ -95,6 +95,8 @@ class Traits:
         lookup: jobs can be looked up by id.
         exact_depth: `depth` knows scheduled and leased jobs too, all at one instant.
         lists_queues: `queues` gives all of the namespace; False: those that this process has declared or attached to.
+        run_limit: seconds after which the broker, unless it is set up otherwise, takes a job away from a run that goes
+            on, and gives it to another; None: never.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Traits:
     lookup: bool
     exact_depth: bool
     lists_queues: bool
+    run_limit: float | None
 
 
 class Receiver(Protocol):

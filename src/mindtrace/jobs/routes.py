@@ -127,6 +127,11 @@ class Routes:
         """Of a job that brings none; of several routes the most patient."""
         return max(route.policy.crash_limit for routes in self._by_queue.values() for route in routes)
 
+    @property
+    def longest(self) -> float:
+        """Seconds that a run may take whose job brings no timeout; inf for no limit."""
+        return max(route.timeout for routes in self._by_queue.values() for route in routes)
+
     async def lay(self) -> None:
         """Find or declare each consumer's queue.
 

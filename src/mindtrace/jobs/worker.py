@@ -30,6 +30,8 @@ from mindtrace.jobs.threads import BlockingRuns, ThreadPool
 
 _log = logging.getLogger(__name__)
 
+_NEAR = 300.0  # seconds below the limit of a broker, which does not look at every moment, and a run may need its grace
+
 
 class Worker:
     """Runs the jobs of its consumers, several at once, until told to stop.
@@ -410,3 +412,12 @@ class Worker:
         timeout = "no timeout" if longest == math.inf else f"timeout {longest:g} s"
         queues = ", ".join(self._routes.queues)
         _log.info("worker %s: queues %s, concurrency %d, %s", self.name, queues, self.concurrency, timeout)
+        traits = self.orchestrator.backend.traits
+        if traits.run_limit is not None and self._routes.longest > traits.run_limit - _NEAR:
+            _log.warning(
+                "worker %s: unless set up otherwise, %s takes a job away from a run that lasts longer than %g min "
+                "and gives it to another: raise that limit there, or give the runs a shorter timeout",
+                self.name,
+                traits.name,
+                traits.run_limit / 60,
+            )

@@ -27,6 +27,7 @@ _TRAITS = Traits(
     lookup=False,
     exact_depth=True,
     lists_queues=True,
+    run_limit=None,
 )
 
 

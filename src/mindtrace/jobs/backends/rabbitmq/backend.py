@@ -63,6 +63,7 @@ _TRAITS = Traits(
     lookup=False,
     exact_depth=False,
     lists_queues=False,
+    run_limit=1800.0,  # its consumer_timeout, of which no client is told
 )
 
 

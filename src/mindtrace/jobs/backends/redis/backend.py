@@ -51,6 +51,7 @@ _TRAITS = Traits(
     lookup=False,
     exact_depth=True,
     lists_queues=True,
+    run_limit=None,
 )
 
 
