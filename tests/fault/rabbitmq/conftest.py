@@ -21,7 +21,7 @@ from mindtrace.jobs.testing import brokers
 from mindtrace.jobs.testing.brokers import Broker
 from mindtrace.jobs.testing.ledger import Entry, Ledger, Step, Where, violations
 
-PROGRAM = Path(__file__).with_name("worker_process.py")
+PROGRAM = Path(__file__).parent.with_name("worker_process.py")
 PATIENCE = 30.0  # seconds that anything may take before the test gives up on it
 
 

@@ -19,7 +19,7 @@ from mindtrace.jobs.testing.audit import audit
 from mindtrace.jobs.testing.brokers import Broker
 from mindtrace.jobs.testing.ledger import Entry, Ledger, Step, violations
 
-PROGRAM = Path(__file__).with_name("worker_process.py")
+PROGRAM = Path(__file__).parent.with_name("worker_process.py")
 PATIENCE = 20.0  # seconds that anything may take before the test gives up on it
 
 
@@ -90,7 +90,7 @@ class Scene:
         """Start another worker, with these options."""
         log = self._folder / f"worker-{len(self.processes)}.log"
         with log.open("w") as stderr:
-            words = [self.server.url, str(self.ledger.path), json.dumps({"name": "scene", **options})]
+            words = [self.server.url, str(self.ledger.path), "{}", json.dumps({"name": "scene", **options})]
             running = await asyncio.create_subprocess_exec(
                 sys.executable, str(PROGRAM), *words, stdout=asyncio.subprocess.PIPE, stderr=stderr
             )

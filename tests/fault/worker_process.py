@@ -1,7 +1,8 @@
 """A worker as people run it, in a process of its own, to be killed and stopped: its jobs write down what they do.
 
-worker_process.py URL LEDGER OPTIONS: of the server, of the file, and what `Worker` is given, as JSON. It writes a line
-to its stdout whenever a run begins. A job does what its input says; a first run is that of its delivery number 1.
+worker_process.py URL LEDGER BACKEND OPTIONS: of the server, of the file, and what the backend and `Worker` are given,
+as JSON. It writes a line to its stdout whenever a run begins. A job does what its input says; a first run is that of
+its delivery number 1.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,6 +21,7 @@ from mindtrace.jobs import (
     AsyncOrchestrator,
     Event,
     JobSettled,
+    RabbitMQBackend,
     RedisBackend,
     RetryPolicy,
     Worker,
@@ -55,15 +58,21 @@ class Works(AsyncConsumer):
 
     async def act(
         self, *, first: bool, seconds: float = 0.0, fails: bool = False, stops: bool = False, poison: bool = False,
-        gate: str | None = None,
+        blocks: float = 0.0, gate: str | None = None, until_told: bool = False,
     ) -> None:  # fmt: skip
-        """Take `seconds`, and then in a first run stop the process or fail; later wait until there is a file `gate`."""
+        """Take `seconds`, and then in a first run stop the process or fail; later wait until there is a file `gate`.
+
+        A first run that was stopped goes on at once, or with `until_told` when it knows that its lease is lost.
+        """
         await asyncio.sleep(seconds)
+        time.sleep(blocks)  # noqa: ASYNC251 (which nobody should do)
         if poison:
             with self.ledger.fault("a poison job"):
                 os.abort()
         if first and stops:
             os.kill(os.getpid(), signal.SIGSTOP)  # whoever continues us finds the run here, and its lease gone
+            while until_told and not current_job().lease_lost:  # noqa: ASYNC110 (a flag rings no bell)
+                await asyncio.sleep(0.005)
         if first and fails:
             raise LookupError("as it was told to")
         while gate and not (first and stops) and not Path(gate).exists():  # noqa: ASYNC110, ASYNC240 (from elsewhere)
@@ -76,10 +85,12 @@ class Works(AsyncConsumer):
             self.ledger.answer(event.job_id, numbers.pop(0), event.accepted, settled)
 
 
-async def main(url: str, ledger: str, options: str) -> int:
-    async with AsyncOrchestrator(RedisBackend.from_url(url)) as orchestrator:
-        consumer = Works(Ledger(ledger))
-        return await Worker(orchestrator, [consumer], listeners=[consumer.note], **json.loads(options)).run()
+async def main(url: str, ledger: str, backend: str, options: str) -> int:
+    consumer = Works(Ledger(ledger))
+    kind = RedisBackend if url.startswith("redis") else RabbitMQBackend
+    orchestrator = AsyncOrchestrator(kind.from_url(url, **json.loads(backend)))
+    # The worker opens it: there need not be a server yet.
+    return await Worker(orchestrator, [consumer], listeners=[consumer.note], **json.loads(options)).run()
 
 
 if __name__ == "__main__":
