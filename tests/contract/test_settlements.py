@@ -95,6 +95,8 @@ async def test_a_first_delivery_is_attempt_one_and_number_one(backend: Backend, 
     [
         (Retry(0.0), (2, 0, 0, 2)),
         (Retry(0.01), (2, 0, 0, 2)),
+        (Retry(0.0, crash=True), (2, 1, 0, 2)),
+        (Retry(0.01, crash=True), (2, 1, 0, 2)),
         (Release(), (1, 0, 1, 2)),
         (Release(0.01), (1, 0, 1, 2)),
         (None, (2, 1, 0, 2)),
@@ -140,6 +142,17 @@ async def test_the_numbers_add_up_over_any_life_of_a_job(
                 await receiver.settle([(delivery, Dead("rejected"))])
                 assert await letters.replay([message.id]) == 1
         assert numbers(await take(receiver)) == (retries + 1, 0, releases, len(ends) + 1)
+
+
+async def test_a_crash_that_was_settled_is_in_the_dead_letter(backend: Backend, queue: str) -> None:
+    await backend.publish(queue, [message := a_message()])
+    async with backend.receiver([queue]) as receiver:
+        await receiver.settle([(await take(receiver), Retry(0.0, error=RunError("ValueError", "failed")))])
+        await receiver.settle([(await take(receiver), Retry(0.0, error=RunError("Crash", "one"), crash=True))])
+        await receiver.settle([(await take(receiver), Dead("crash_limit", RunError("Crash", "two"), crash=True))])
+    record = await backend.dead_letters(queue).get(message.id)
+    assert (record.reason, record.attempts, record.crashes, record.number) == ("crash_limit", 3, 2, 3)
+    assert [error.message for error in record.errors] == ["failed", "one", "two"]
 
 
 async def test_receipts_are_never_given_twice(backend: Backend, queue: str) -> None:

@@ -49,7 +49,17 @@ JOBS = st.tuples(  # priority, delay, crash limit
     st.integers(-2, 2), st.sampled_from([0.0, 0.0, 0.0, 0.0, 2.0, 20.0]), st.sampled_from([None, None, 1, 2])
 )
 SETTLEMENTS: st.SearchStrategy[Settlement] = st.sampled_from(
-    [Done(), Retry(0.0), Retry(3.0), Release(), Release(3.0), Dead("rejected"), Dead("timeout")]
+    [
+        Done(),
+        Retry(0.0),
+        Retry(3.0),
+        Retry(0.0, crash=True),
+        Release(),
+        Release(3.0),
+        Dead("rejected"),
+        Dead("timeout"),
+        Dead("crash_limit", crash=True),
+    ]
 )
 ENDS = st.lists(st.tuples(st.integers(0, 9), SETTLEMENTS), min_size=1, max_size=3)
 
@@ -200,6 +210,8 @@ class Jobs(RuleBasedStateMachine):
 
     def settle(self, job: ModelJob, settlement: Settlement) -> None:
         job.delivery = None
+        if isinstance(settlement, Retry | Dead):
+            job.crashes += settlement.crash
         if isinstance(settlement, Done):
             self.end(job)
         elif isinstance(settlement, Dead):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mindtrace.jobs import Dead, DeadPage, DeadRecord, Delivery, Done, Release, Retry, RunError
 from mindtrace.jobs.delivery import MESSAGE_LIMIT, TRACEBACK_LIMIT, DeadFilter, Exchanged, with_error
-from mindtrace.jobs.errors import RunAborted, RunTimeout
+from mindtrace.jobs.errors import RunAborted, RunFailed, RunTimeout
 from mindtrace.jobs.wire import Message
 
 often = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -308,14 +308,21 @@ def test_where_there_is_too_much_the_oldest_goes_first() -> None:
     assert ALL_LIMIT - 4000 < sum(whole(error) for error in kept) <= ALL_LIMIT
 
 
+def test_what_another_process_says_of_an_error_is_cut_and_escaped_as_an_error_of_this_one() -> None:
+    error = RunError.of(RunFailed("shop.Sold\x1b", "a\nb" + "c" * 10_000, "frames\n" * 10_000, "", ["shop:Sold"]))
+    assert (error.type, error.message[:5]) == ("shop.Sold\\x1b", "a\\nbc")
+    assert len(error.message.encode()) <= MESSAGE_LIMIT
+    assert len(error.traceback.encode()) <= TRACEBACK_LIMIT
+
+
 # --- the values of the seam
 
 
 VALUES: list[tuple[type[Any], list[str]]] = [
     (Delivery, ["queue", "message", "attempt", "crashes", "releases", "number", "receipt", "deadline", "lost"]),
     (Done, ["result", "keep", "discarded"]),
-    (Retry, ["delay", "reason", "error"]),
-    (Dead, ["reason", "error"]),
+    (Retry, ["delay", "reason", "error", "crash"]),
+    (Dead, ["reason", "error", "crash"]),
     (Release, ["delay"]),
     (Exchanged, ["settled", "deliveries", "missing"]),
 ]
@@ -356,7 +363,7 @@ def test_a_value_does_not_change_and_equals_another_that_says_the_same(make: Cal
 def test_a_settlement_is_plain_unless_it_says_otherwise() -> None:
     assert (Done().result, Done().keep, Done().discarded) == (None, 0.0, None)
     assert (Retry(1.0).reason, Retry(1.0).error, Dead("timeout").error) == ("", None, None)
-    assert Release().delay == 0.0
+    assert (Release().delay, Retry(1.0).crash, Dead("timeout").crash) == (0.0, False, False)
 
 
 def test_a_delivery_is_itself_and_no_other() -> None:

@@ -25,6 +25,8 @@ from mindtrace.jobs import (
     QueueNotFound,
     Reject,
     RetryLater,
+    RunCrashed,
+    RunFailed,
     RunTimeout,
     Snooze,
     UnsafeBackend,
@@ -57,6 +59,8 @@ ERRORS: list[tuple[JobsError, bool, str]] = [  # an error, whether the same call
     (ForkedProcess("opened in the parent"), False, "not_done"),
     (RunTimeout(5.0), False, "not_done"),
     (RunAborted("cancelled itself"), False, "not_done"),
+    (RunCrashed("ended by SIGKILL"), False, "not_done"),
+    (RunFailed("KeyError", "no", "", "", []), False, "not_done"),
     (Refused("malformed", "not JSON"), False, "not_done"),
     (UnknownSchema("orders", 1.0, 2.0), False, "not_done"),
 ]
@@ -155,6 +159,10 @@ def test_a_signal_passes_an_except_for_our_errors(signal: JobSignal) -> None:
         (LeaseLost("an-id"), {"job_id": "an-id"}),
         (JobNotFound("an-id"), {"job_id": "an-id"}),
         (RunTimeout(1.5), {"timeout": 1.5}),
+        (
+            RunFailed("KeyError", "no", "frames", "run, a.py:1", ["builtins:KeyError"]),
+            {"type": "KeyError", "message": "no", "traceback": "frames", "place": "run, a.py:1"},
+        ),
         (Refused("too_large", "9 bytes"), {"reason": "too_large"}),
         (UnknownSchema("orders", 1.5, 60.0), {"schema_name": "orders", "waited": 1.5, "patience": 60.0}),
         (RetryLater(), {"delay": None, "reason": ""}),

@@ -20,6 +20,8 @@ from mindtrace.jobs import (
     Retry,
     RetryLater,
     RetryPolicy,
+    RunCrashed,
+    RunFailed,
     RunTimeout,
     Settlement,
     Snooze,
@@ -293,6 +295,63 @@ def test_a_signal_of_ones_own_steers_as_the_one_it_is_made_from(
     assert isinstance(settled(own(asked)), kind)
 
 
+# --- a run in a process of its own
+
+
+CRASH = RunCrashed("the process was ended by SIGABRT")
+
+
+def test_a_crash_uses_up_no_attempt_and_the_last_one_is_the_limit() -> None:
+    """With the defaults a poison job starts five times, however few failures it may have."""
+    once = RetryPolicy(max_attempts=1, jitter="none")
+    for crashes, delay in ((0, 1.0), (1, 2.0), (3, 8.0)):
+        settlement = settled(CRASH, once, attempt=crashes + 1, crashes=crashes)
+        assert isinstance(settlement, Retry)
+        assert (settlement.crash, settlement.delay) == (True, delay)
+        assert settlement.error is not None
+        assert settlement.error.message == "the process was ended by SIGABRT"
+    last = settled(CRASH, once, attempt=5, crashes=4)
+    assert isinstance(last, Dead)
+    assert (last.reason, last.crash) == ("crash_limit", True)
+
+
+def test_the_limit_of_the_job_comes_before_that_of_the_policy() -> None:
+    delivery = a_delivery()
+    delivery.message = Message("an-id", b"{}", crash_limit=1)
+    assert dead(settlement_for(delivery, CRASH, EXACT, Random(0))) == "crash_limit"
+
+
+def test_a_users_function_decides_over_failed_runs_and_not_over_crashes() -> None:
+    settlement = settled(CRASH, RetryPolicy(delay=lambda error, failed: None))
+    assert isinstance(settlement, Retry)
+
+
+class Sold(LookupError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("policy", "runs_again"),
+    [
+        (RetryPolicy(), True),
+        (RetryPolicy(retry_on=(Sold,)), True),
+        (RetryPolicy(retry_on=(KeyError, LookupError)), True),
+        (RetryPolicy(retry_on=(KeyError,)), False),
+        (RetryPolicy(retry_on=()), False),
+        (RetryPolicy(no_retry_on=(LookupError,)), False),
+        (RetryPolicy(retry_on=(Sold,), no_retry_on=(KeyError,)), True),
+        (RetryPolicy(retry_on=(RunFailed,)), False),
+    ],
+)
+def test_an_error_of_another_process_is_judged_by_the_names_of_its_classes(
+    policy: RetryPolicy, runs_again: bool
+) -> None:
+    names = [f"{kind.__module__}:{kind.__qualname__}" for kind in Sold.__mro__]
+    settlement = settled(RunFailed("shop.Sold", "out", "", "", names), policy)
+    assert isinstance(settlement, Retry) == runs_again
+    assert runs_again or dead(settlement) == "rejected"
+
+
 # --- whatever comes, one value
 
 
@@ -300,6 +359,8 @@ ENDS = st.one_of(
     st.just(Done()),
     st.builds(ValueError, st.text()),
     st.builds(RunTimeout, st.floats(0.1, 1e6)),
+    st.builds(RunCrashed, st.text()),
+    st.builds(RunFailed, st.text(), st.text(), st.text(), st.text(), st.lists(st.text())),
     st.builds(RetryLater, st.none() | st.floats() | st.integers(), st.text()),
     st.builds(Snooze, st.floats() | st.integers(-(10**300), 10**300), st.text()),
     st.builds(Discard, st.text()),

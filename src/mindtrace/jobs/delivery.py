@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, TypeAlias
 
-from mindtrace.jobs.errors import BackendUnavailable, JobsError, LeaseLost, RunAborted
+from mindtrace.jobs.errors import BackendUnavailable, JobsError, LeaseLost, RunAborted, RunFailed
 from mindtrace.jobs.wire import Message
 
 DeadReason = Literal[
@@ -81,6 +81,12 @@ class RunError:
     @classmethod
     def of(cls, error: BaseException) -> "RunError":
         """What there is to say about an exception."""
+        if isinstance(error, RunFailed):
+            return cls(
+                _cut(_escaped(error.type), NAME_LIMIT),
+                _cut(_escaped(error.message), MESSAGE_LIMIT),
+                _last(_escaped(error.traceback, "\n"), TRACEBACK_LIMIT),
+            )
         if isinstance(error, RunAborted) and error.__cause__ is not None:
             error = error.__cause__
         kind = type(error)
@@ -114,19 +120,28 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The run failed and another is due after `delay` seconds. The backend appends `error` to those of earlier runs."""
+    """The run failed and another is due after `delay` seconds. The backend appends `error` to those of earlier runs.
+
+    Attributes:
+        delay: seconds.
+        reason: of the wait, in a word.
+        error: what the run ended with.
+        crash: the process that ran it died: the backend adds one to `crashes`, so that no attempt is used up.
+    """
 
     delay: float
     reason: str = ""
     error: RunError | None = None
+    crash: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """No further run: the job goes to the dead letters."""
+    """No further run: the job goes to the dead letters. `crash`: as in `Retry`, its last crash among them."""
 
     reason: DeadReason
     error: RunError | None = None
+    crash: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,6 +242,40 @@ class RunAborted(JobsError):
     """
 
 
+class RunCrashed(JobsError):
+    """What a run in a process of its own ended with when that process died; seen in dead letters and events.
+
+    It uses up no attempt, but counts as a crash: after `crash_limit` of them the job is dead.
+    """
+
+
+class RunFailed(JobsError):
+    """What a run in a process of its own raised. The exception itself stays there: this is what there is to say of it.
+
+    `RetryPolicy.delay` is called with it; `retry_on` and `no_retry_on` are compared by name, module and all, with the
+    exception's classes.
+
+    Attributes:
+        type: the exception's class, with its module unless that is `builtins`.
+        message: up to 4 KiB of its text.
+        traceback: up to 16 KiB, the innermost frames.
+        place: where it was raised, as `function, file:line`; empty if there is no saying.
+        kinds: `module:qualified name` of its class and of those above it.
+    """
+
+    def __init__(self, type: str, message: str, traceback: str, place: str, kinds: Sequence[str]) -> None:
+        self.type: str = type
+        self.message: str = message
+        self.traceback: str = traceback
+        self.place: str = place
+        self.kinds: frozenset[str] = frozenset(kinds)
+        super().__init__(f"{type}: {message}")
+
+    def is_a(self, kind: type[BaseException]) -> bool:
+        """Whether the exception was of this class."""
+        return qualified(kind) in self.kinds
+
+
 class Refused(JobsError):
     """A job that may not be run, or whose result may not be kept: it goes to the dead letters at once.
 
@@ -317,6 +351,11 @@ class Reject(JobSignal):
     def __init__(self, reason: str) -> None:
         self.reason: str = reason
         super().__init__(reason)
+
+
+def qualified(kind: type[Any]) -> str:
+    """A class by its full name, `module:qualified name`."""
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def described(errors: Sequence[Mapping[str, Any]]) -> str:

@@ -1,9 +1,10 @@
 """`settlement_for`: how a run that ended settles its delivery. Pure: no clock, no broker, no logging."""
 
+from dataclasses import replace
 from random import Random
 
 from mindtrace.jobs.delivery import Dead, DeadReason, Delivery, Done, Release, Retry, RunError, Settlement
-from mindtrace.jobs.errors import Discard, Refused, Reject, RetryLater, RunTimeout, Snooze, UnknownSchema
+from mindtrace.jobs.errors import Discard, Refused, Reject, RetryLater, RunCrashed, RunTimeout, Snooze, UnknownSchema
 from mindtrace.jobs.retry import MAX_DELAY, RetryPolicy, is_seconds
 
 _UNKNOWN_FIRST, _UNKNOWN_LONGEST = 1.0, 60.0
@@ -15,7 +16,7 @@ def settlement_for(delivery: Delivery, end: Done | Exception, policy: RetryPolic
     Args:
         delivery: what was run.
         end: `Done`, or what the run raised: the user's exception, one of our signals, or `RunTimeout`, `RunAborted`,
-            `Refused`, `UnknownSchema`.
+            `RunCrashed`, `RunFailed`, `Refused`, `UnknownSchema`.
         policy: of the job, its schema, its consumer or the worker, whichever comes first.
         random: the source of the jitter.
     """
@@ -35,6 +36,8 @@ def settlement_for(delivery: Delivery, end: Done | Exception, policy: RetryPolic
             if end.waited >= end.patience:
                 return Dead("unknown_schema", RunError.of(end))
             return Release(min(_UNKNOWN_LONGEST, _UNKNOWN_FIRST * 2 ** min(delivery.releases, 16)))
+        case RunCrashed():
+            return _after_crash(delivery, end, policy, random)
         case _:
             return _after_failure(delivery, end, policy, random)
 
@@ -55,6 +58,15 @@ def _after_failure(delivery: Delivery, end: Exception, policy: RetryPolicy, rand
         return Dead(reason, error)
     wait = policy.wait(end, failed, random)
     return Dead("rejected", error) if wait is None else Retry(wait, error.type, error)
+
+
+def _after_crash(delivery: Delivery, end: RunCrashed, policy: RetryPolicy, random: Random) -> Settlement:
+    """As where a lease has lapsed, but with a wait: there the lease was the wait."""
+    error, crashes, limit = RunError.of(end), delivery.crashes + 1, delivery.message.crash_limit
+    if crashes >= (policy.crash_limit if limit is None else limit):
+        return Dead("crash_limit", error, crash=True)
+    wait = replace(policy, delay=None).wait(end, crashes, random)  # the user's function decides over failed runs
+    return Retry(wait or 0.0, error.type, error, crash=True)
 
 
 def _delay(asked: object) -> float | None:

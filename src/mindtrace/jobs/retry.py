@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, cast
 
-from mindtrace.jobs.errors import ConfigError
+from mindtrace.jobs.errors import ConfigError, RunFailed
 
 MAX_DELAY = 366 * 86400.0
 """The longest delay any backend takes, in seconds."""
@@ -85,7 +85,7 @@ class RetryPolicy:
 
     def retries(self, error: Exception) -> bool:
         """Whether this kind of failure may be retried at all."""
-        return isinstance(error, self.retry_on) and not isinstance(error, self.no_retry_on)
+        return _is_a(error, self.retry_on) and not _is_a(error, self.no_retry_on)
 
     def wait(self, error: Exception, failed: int, random: Random) -> float | None:
         """Seconds until the next run after `failed` failed runs, this one included; None for no further run."""
@@ -126,6 +126,12 @@ def is_seconds(value: object) -> bool:
 def is_whole(value: object) -> bool:
     """Whether `value` is a whole number, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_a(error: Exception, kinds: tuple[type[Exception], ...]) -> bool:
+    if isinstance(error, RunFailed):  # it stands for an exception of another process
+        return any(error.is_a(kind) for kind in kinds)
+    return isinstance(error, kinds)
 
 
 def _are_exceptions(kinds: object) -> bool:

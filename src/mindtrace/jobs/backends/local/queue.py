@@ -282,6 +282,8 @@ class Queue:
             self._recent.add(job.message.id, now)
             return
         self._leave(job)
+        if isinstance(settlement, Retry | Dead) and settlement.crash:
+            job.crashes += 1
         if isinstance(settlement, Retry):
             job.errors = with_error(job.errors, settlement.error)
             if settlement.delay > 0:

@@ -303,12 +303,14 @@ class Consuming:
 
     def _copy(self, delivery: Delivery, held: _Held, settlement: Settlement) -> Posting:
         match settlement:
-            case Retry(delay=delay, error=error):
-                return self._posting(delivery, held, held.counts, delay, error)
+            case Retry(delay=delay, error=error, crash=crash):
+                counts = held.counts.ended_by_crash() if crash else held.counts
+                return self._posting(delivery, held, counts, delay, error)
             case Release(delay=delay):
                 return self._posting(delivery, held, held.counts.released(), delay)
-            case Dead(reason=reason, error=error):
-                return self._dead(delivery.queue, delivery.message, held.counts, held.headers, reason, error)
+            case Dead(reason=reason, error=error, crash=crash):
+                counts = held.counts.ended_by_crash() if crash else held.counts
+                return self._dead(delivery.queue, delivery.message, counts, held.headers, reason, error)
             case Done():
                 raise AssertionError("a Done has no copy")
 

@@ -64,6 +64,10 @@ class Counts:
         """After a delivery that ended without a settlement."""
         return replace(self, attempts=self.attempts + 1, number=self.number + 1, crashes=self.crashes + 1)
 
+    def ended_by_crash(self) -> "Counts":
+        """After a delivery, counted by `started` before, whose process died under it."""
+        return replace(self, crashes=self.crashes + 1)
+
     def released(self) -> "Counts":
         """After a delivery that was handed back, counted by `started` before."""
         return replace(self, attempts=self.attempts - 1, releases=self.releases + 1)

@@ -254,9 +254,11 @@ def _numbers(text: bytes) -> tuple[int, int, int, int, int | None]:
 
 def _words(delivery: Delivery, settlement: Settlement) -> tuple[str, str, str | bytes | int, str, str]:
     if isinstance(settlement, Retry):
-        return (delivery.receipt, "retry", milliseconds(settlement.delay), *lines_of(settlement.error))
+        kind = "retry crash" if settlement.crash else "retry"
+        return (delivery.receipt, kind, milliseconds(settlement.delay), *lines_of(settlement.error))
     if isinstance(settlement, Dead):
-        return (delivery.receipt, "dead", settlement.reason.encode(), *lines_of(settlement.error))
+        kind = "dead crash" if settlement.crash else "dead"
+        return (delivery.receipt, kind, settlement.reason.encode(), *lines_of(settlement.error))
     assert not isinstance(settlement, Done)  # noqa: S101 (those are told apart before)
     return (delivery.receipt, "release", milliseconds(settlement.delay), "", "")
 

@@ -6,7 +6,8 @@
 -- ARGV[6] 16 hex digits  ARGV[7] bytes of the largest body to hand out
 -- ARGV[8] 1 if the receiver is going to wait should there be nothing
 -- ARGV[9] how many are Done, then their receipts
--- ARGV..  five each for the others: receipt, 'retry' | 'dead' | 'release', delay in ms or reason, error, error in short
+-- ARGV..  five each for the others: receipt, 'retry' | 'dead' | 'release', delay in ms or reason, error, error in short;
+--   'retry crash' and 'dead crash' count a crash as well
 -- Returns format, and 'missing' for a queue that is not there; or 'ok', a digit for each receipt (1 settled, 0 the lease
 --   was lost before), ms until this receiver has to look again (-1: another does, or nothing is due), whether there are more,
 --   and for each delivery its receipt, its body and 'attempts crashes releases priority crash_limit'.
@@ -107,7 +108,17 @@ local function settle_release(id, job, delay)
   end
 end
 
-local settle = {retry = settle_retry, dead = settle_dead, release = settle_release}
+local function after_crash(settle_as)
+  return function(id, job, ...)
+    job.crashes = job.crashes + 1
+    settle_as(id, job, ...)
+  end
+end
+
+local settle = {
+  retry = settle_retry, dead = settle_dead, release = settle_release,
+  ['retry crash'] = after_crash(settle_retry), ['dead crash'] = after_crash(settle_dead),
+}
 
 -- What is due becomes ready, behind what is ready.
 local function promote()
