@@ -83,9 +83,9 @@ class RunError:
         """What there is to say about an exception."""
         if isinstance(error, RunFailed):
             return cls(
-                _cut(_escaped(error.type), NAME_LIMIT),
-                _cut(_escaped(error.message), MESSAGE_LIMIT),
-                _last(_escaped(error.traceback, "\n"), TRACEBACK_LIMIT),
+                _cut(escaped(error.type), NAME_LIMIT),
+                _cut(escaped(error.message), MESSAGE_LIMIT),
+                _last(escaped(error.traceback, "\n"), TRACEBACK_LIMIT),
             )
         if isinstance(error, RunAborted) and error.__cause__ is not None:
             error = error.__cause__
