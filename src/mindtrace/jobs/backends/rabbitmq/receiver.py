@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from mindtrace.jobs.backend import Home, Receiver
-from mindtrace.jobs.backends.rabbitmq.consuming import Consuming, Pairs
+from mindtrace.jobs.backends.rabbitmq.consuming import Consuming
 from mindtrace.jobs.backends.rabbitmq.keeper import Keeper
+from mindtrace.jobs.backends.rabbitmq.settling import Pairs
 from mindtrace.jobs.delivery import Delivery, Exchanged, Settled
 from mindtrace.jobs.errors import Closed, LeaseLost
 

@@ -1,0 +1,324 @@
+"""`Intake`: the two channels by which deliveries come to a receiver, and what is done with each that comes.
+
+    gets     asked one by one: the answer tells for certain whether there was anything
+    pushes   consumers, one for each queue: the server hands over up to `slots` by itself
+
+Each on a channel of its own: 3.10.8 ended the whole connection with an internal error when a quorum queue pushed to a
+channel that still held what it had got there. The channel gone, all that is out on it is lost at once.
+"""
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from pamqp import commands
+
+from mindtrace.jobs.backends.rabbitmq.channels import Content
+from mindtrace.jobs.backends.rabbitmq.counts import counts_of, id_of
+from mindtrace.jobs.backends.rabbitmq.holdings import Held, Holdings
+from mindtrace.jobs.backends.rabbitmq.keeper import Post
+from mindtrace.jobs.backends.rabbitmq.lane import Lane
+from mindtrace.jobs.backends.rabbitmq.line import Line
+from mindtrace.jobs.backends.rabbitmq.settling import Settling
+from mindtrace.jobs.delivery import Delivery, Release
+from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Closed, JobsError
+from mindtrace.jobs.wire import Message
+
+_log = logging.getLogger(__name__)
+
+_CONNECT_WITHIN = 5.0
+_LOOK = 0.25  # seconds between looks whether somebody still waits for a connection
+_A_MOMENT = 0.05
+
+
+class Intake:
+    """Where one receiver's deliveries come from.
+
+    Args:
+        post: connections and administration.
+        holdings: where they go.
+        settling: counts the crashes of those that somebody had before.
+        slots: the most that the server pushes of each queue.
+        lease: seconds until a delivery goes back by itself; None: never.
+        strict: asks the queues in order rather than in turns.
+        came: called for each delivery that is ahead now.
+        changed: called when there may be something else to see.
+        given_up: whether nobody waits for a connection any more.
+    """
+
+    def __init__(
+        self,
+        post: Post,
+        holdings: Holdings,
+        settling: Settling,
+        *,
+        slots: int,
+        lease: float | None,
+        strict: bool,
+        came: Callable[[], None],
+        changed: Callable[[], None],
+        given_up: Callable[[], bool],
+    ) -> None:
+        self.missing: set[str] = set()
+        """The queues that were not there when last looked for."""
+        self._post, self._topology, self._holdings, self._settling = post, post.topology, holdings, settling
+        self._names = holdings.names
+        self._slots, self._lease, self._strict = slots, lease, strict
+        self._on_came, self._changed, self._given_up = came, changed, given_up
+        self._gets: Lane | None = None
+        self._pushes: Lane | None = None
+        self._consumers: dict[str, str] = {}  # tag -> queue, of all that the channel for pushes ever had
+        self._active: set[str] = set()  # tags of those that are not cancelled
+        self._numbers = itertools.count(1)
+        self._closed = False
+
+    @property
+    def is_pushed_to(self) -> bool:
+        """Whether the server hands over by itself."""
+        return bool(self._active)
+
+    def consumers(self, queue: str) -> int:
+        """How many the server counts for it: those that it pushes to, those that hold something, and each get."""
+        tags = {held.consumer for held in list(self._holdings.held.values()) if held.queue == queue}
+        return len(tags | {tag for tag in list(self._active) if self._consumers.get(tag) == queue})
+
+    def lose_queue(self, queue: str) -> None:
+        """It is gone: its deliveries are nobody's any more."""
+        if queue in self._names:
+            self.missing.add(queue)
+        self._holdings.lose_queue(queue)
+        self._changed()
+
+    def close(self) -> None:
+        """Close the channels, for good."""
+        self._closed = True
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the channels: what is out on them goes back."""
+        for lane in (self._gets, self._pushes):
+            if lane is not None:
+                lane.channel.begin_close()
+
+    async def flush(self, until: float) -> None:
+        """Have the queues know of all acknowledgements, before the channels are closed."""
+        for lane in (self._gets, self._pushes):
+            if lane is None or not lane.is_dirty:
+                continue
+            for name in self._names:
+                content = await lane.flush(self._topology.queue(name))
+                if content is not None:  # that was the price
+                    self._came(lane, name, content)
+                    returned = [(delivery, Release()) for delivery in self._holdings.take_ahead()]
+                    await self._settling.settle(returned, until)
+
+    # --- gets
+
+    async def get(self, limit: int, within: float) -> None:
+        """Ask each queue for what it has, in turns; what had been with somebody before is counted and asked again.
+
+        Raises:
+            BackendUnavailable: no connection within so many seconds, or it was lost.
+        """
+        lane = await self._gets_lane(within)
+        left = dict.fromkeys(self._names, 1)
+        asked_again = 0
+        while (room := limit - self._holdings.count_ahead) > 0 and asked_again < 100:
+            shares = self._shares([name for name in self._names if left[name] > 0], room)
+            if not shares:
+                return
+            crashed: list[asyncio.Future[None]] = []
+            for name, share in shares.items():
+                kept = await self._post.admin.look(self._topology.queue(name))
+                if kept is None:
+                    self.lose_queue(name)
+                    left[name] = 0
+                    continue
+                self.missing.discard(name)
+                left[name] = max(0, kept.messages - share)
+                frame = commands.Basic.Get(queue=self._topology.queue(name))
+                for reply in [lane.channel.begin(frame) for _ in range(min(share, kept.messages))]:
+                    content = await lane.channel.reply(reply)
+                    if not isinstance(content, Content):
+                        left[name] = 0
+                    elif content.frame.redelivered:
+                        crashed.append(self._settling.count_crash(lane, name, content))
+                        left[name] += 1
+                    else:
+                        self._came(lane, name, content)
+            if crashed:
+                asked_again += 1
+                await asyncio.wait(crashed)
+
+    def _shares(self, names: list[str], room: int) -> dict[str, int]:
+        """How many to ask each of these queues for."""
+        if not names:
+            return {}
+        if self._strict:
+            return {names[0]: room}
+        each, more = divmod(room, len(names))
+        first = self._holdings.next % len(names)
+        turned = names[first:] + names[:first]
+        return {name: each + (at < more) for at, name in enumerate(turned) if each + (at < more)}
+
+    async def _gets_lane(self, within: float) -> Lane:
+        if self._gets is None:
+            self._gets = await self._lane(within)
+        return self._gets
+
+    async def _lane(self, within: float) -> Lane:
+        """A channel.
+
+        Raises:
+            BackendUnavailable: no connection within so many seconds.
+        """
+        channel = await (await self._line(time.monotonic() + within)).channel()
+        if self._closed:
+            channel.begin_close()
+            raise Closed("the receiver was left, or its backend closed")
+        lane = Lane(channel)
+        channel.gone.add_done_callback(lambda gone: self._on_gone(lane, gone.result()))
+        return lane
+
+    async def _line(self, until: float) -> Line:
+        """In small steps: a nudge ends this wait, too."""
+        while True:
+            try:
+                return await self._post.link.connected(min(_LOOK, max(0.0, until - time.monotonic())))
+            except AuthenticationFailed:
+                raise
+            except BackendUnavailable:
+                if time.monotonic() >= until or self._given_up():
+                    raise
+
+    # --- pushes
+
+    async def consume(self, until: float, is_wanted: Callable[[], bool]) -> None:
+        """Have the server push, from all queues that are there, as long as that is wanted.
+
+        Raises:
+            BackendUnavailable: not by `until`.
+        """
+        while is_wanted():
+            if self._pushes is None:
+                lane = self._pushes = await self._lane(max(0.0, until - time.monotonic()))
+                lane.channel.on_content, lane.channel.on_cancel = self._on_content, self._on_cancel
+                self._consumers, self._active = {}, set()
+            channel = self._pushes.channel
+            consumed = {self._consumers[tag] for tag in self._active}
+            wanted = [name for name in self._names if name not in consumed]
+            if not wanted:
+                return
+            try:
+                for name in wanted:
+                    # Consuming from a queue that is not there would close the channel, with all that is held on it.
+                    if await self._post.admin.look(self._topology.queue(name)) is None:
+                        self.lose_queue(name)
+                        continue
+                    self.missing.discard(name)
+                    tag = f"{next(self._numbers)}"
+                    self._consumers[tag] = name
+                    self._active.add(tag)
+                    qos = channel.begin(commands.Basic.Qos(prefetch_count=self._slots))
+                    consume = channel.begin(commands.Basic.Consume(queue=self._topology.queue(name), consumer_tag=tag))
+                    await channel.reply(qos)
+                    await channel.reply(consume)
+                return
+            except AuthenticationFailed:
+                raise
+            except BackendUnavailable:
+                if not channel.is_closed:
+                    channel.begin_close()
+                if time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(_A_MOMENT)
+
+    async def pause(self) -> None:
+        """Have the server push no more; what it had pushed is here when this returns.
+
+        A quorum queue returns what was on its way to a cancelled consumer, and marks it as handed over before, though
+        nobody has seen it: after a cancel with room for more it is fetched, or it would count as a crash. Another
+        consumer may be quicker; so nothing is cancelled while there is work to do.
+        """
+        lane, active, self._active = self._pushes, self._active, set()
+        if lane is None or not active:
+            return
+        out = self._holdings.on(lane)
+        with_room = [self._consumers[tag] for tag in active if out[self._consumers[tag]] < self._slots]
+        try:
+            for reply in [lane.channel.begin(commands.Basic.Cancel(consumer_tag=tag)) for tag in active]:
+                await lane.channel.reply(reply)
+            if with_room:  # asked behind the answer, when what was on its way has reached the channel and been returned
+                await lane.channel.call(commands.Basic.Qos(prefetch_count=self._slots))
+            for name in with_room:
+                await self._fetch_returned(name)
+        except BackendUnavailable as error:
+            _log.debug("a consumer was not cancelled in order: %s", error)
+
+    async def _fetch_returned(self, name: str) -> None:
+        if await self._post.admin.look(self._topology.queue(name)) is None:
+            self.lose_queue(name)
+            return
+        lane = await self._gets_lane(_CONNECT_WITHIN)
+        while True:
+            content = await lane.channel.call(commands.Basic.Get(queue=self._topology.queue(name)))
+            if not isinstance(content, Content):
+                return
+            if not content.frame.redelivered:
+                self._came(lane, name, content)
+                return
+            number = counts_of(content.properties.headers).started().number
+            if (id_of(content.properties, content.body), number) in self._post.given_back:
+                self._settling.count_crash(lane, name, content)
+            else:
+                self._came(lane, name, content)
+
+    # --- what comes
+
+    def _on_content(self, content: Content) -> None:
+        lane, queue = self._pushes, self._consumers.get(content.frame.consumer_tag or "")
+        if lane is None or queue is None:
+            return
+        if content.frame.redelivered:
+            self._settling.count_crash(lane, queue, content)
+        else:
+            self._came(lane, queue, content)
+            self._changed()
+
+    def _came(self, lane: Lane, queue: str, content: Content) -> None:
+        properties, tag = content.properties, content.frame.delivery_tag
+        counts = counts_of(properties.headers).started()
+        message = Message(
+            id_of(properties, content.body), content.body, properties.priority or 0, 0.0, None, counts.crash_limit
+        )
+        consumer: str = getattr(content.frame, "consumer_tag", f"got {tag}")
+        deadline = math.inf if self._lease is None else time.monotonic() + self._lease
+        receipt = f"{lane.receipts}:{tag}"
+        delivery = Delivery(
+            queue, message, counts.attempts, counts.crashes, counts.releases, counts.number, receipt, deadline
+        )
+        lane.add(tag)
+        self._holdings.add(delivery, Held(queue, consumer, lane, tag, counts, properties.headers))
+        self._on_came()
+
+    def _on_cancel(self, tag: str) -> None:
+        """The server ended a consumer: its queue was deleted, or has moved, or a run took too long for it."""
+        queue = self._consumers.get(tag)
+        self._active.discard(tag)
+        if queue is None:
+            return
+        _log.warning("RabbitMQ ended the consumer of queue %s: the leases on its jobs are lost", queue)
+        self._holdings.lose_queue(queue, gives_back=True)
+        self._changed()
+
+    def _on_gone(self, lane: Lane, why: JobsError) -> None:
+        if lane is self._gets:
+            self._gets = None
+        elif lane is self._pushes:
+            self._pushes, self._active = None, set()
+        if lost := self._holdings.lose_lane(lane):
+            _log.warning("the leases of %d jobs are lost: %s", lost, why)
+        self._changed()

@@ -1,0 +1,198 @@
+"""`Settling`: how a delivery ends on the server: acknowledged, or first copied to where it belongs now.
+
+A copy is confirmed before the original is acknowledged. Between the two it is there twice, and never not at all.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeAlias
+
+from mindtrace.jobs.backends.rabbitmq.channels import Content
+from mindtrace.jobs.backends.rabbitmq.counts import Counts, counts_of, errors_of, headers_of, id_of
+from mindtrace.jobs.backends.rabbitmq.holdings import Held, Holdings
+from mindtrace.jobs.backends.rabbitmq.keeper import Post
+from mindtrace.jobs.backends.rabbitmq.lane import Lane
+from mindtrace.jobs.backends.rabbitmq.outbox import Outcome, Posting
+from mindtrace.jobs.delivery import (
+    Dead,
+    DeadReason,
+    Delivery,
+    Done,
+    Release,
+    Retry,
+    RunError,
+    Settled,
+    Settlement,
+    with_error,
+)
+from mindtrace.jobs.errors import BackendUnavailable, LeaseLost
+from mindtrace.jobs.wire import Message
+
+_log = logging.getLogger(__name__)
+
+Pairs: TypeAlias = Sequence[tuple[Delivery, Settlement]]
+
+_COPY_WITHIN = 10.0
+_AGAIN_AFTER = 0.5
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class Settling:
+    """The settlements of one receiver.
+
+    Args:
+        post: where copies go.
+        holdings: what there is to settle.
+        crash_limit: for messages that bring none.
+        changed: called when a crash is counted.
+    """
+
+    def __init__(self, post: Post, holdings: Holdings, *, crash_limit: int, changed: Callable[[], None]) -> None:
+        self._post, self._topology, self._holdings = post, post.topology, holdings
+        self._crash_limit, self._changed = crash_limit, changed
+        self._died = datetime.fromtimestamp(0, UTC)
+
+    async def settle(self, pairs: Pairs, until: float | None = None) -> list[Settled]:
+        """End deliveries, copies by `until` on the monotonic clock. One answer each, in order."""
+        answers: list[Settled] = []
+        acks: list[Held] = []
+        copies: list[tuple[int, Delivery, Held, Posting]] = []
+        for delivery, settlement in pairs:
+            held = self._holdings.held.get(delivery)
+            if held is None or held.lane.channel.is_closed:
+                answers.append(LeaseLost(delivery.message.id))
+                continue
+            answers.append(None)
+            if isinstance(settlement, Done):
+                acks.append(held)
+            else:
+                copies.append((len(answers) - 1, delivery, held, self._copy(delivery, held, settlement)))
+            del self._holdings.held[delivery]
+        self._acknowledge(acks)
+        if copies:
+            deadline = time.monotonic() + _COPY_WITHIN if until is None else until
+            outcomes = await self._store([posting for *_, posting in copies], deadline)
+            stored: list[Held] = []
+            for (index, delivery, held, _), outcome in zip(copies, outcomes, strict=True):
+                if outcome == "stored":
+                    stored.append(held)
+                    continue
+                if outcome == "unroutable":
+                    answers[index] = LeaseLost(delivery.message.id)
+                elif isinstance(outcome, BackendUnavailable):
+                    answers[index] = outcome
+                else:
+                    answers[index] = BackendUnavailable(f"RabbitMQ did not take the copy: {outcome}")
+                self._holdings.give_back(delivery.message, held)
+            self._acknowledge(stored)
+        return answers
+
+    def _copy(self, delivery: Delivery, held: Held, settlement: Settlement) -> Posting:
+        match settlement:
+            case Retry(delay=delay, error=error, crash=crash):
+                counts = held.counts.ended_by_crash() if crash else held.counts
+                return self._posting(delivery, held, counts, delay, error)
+            case Release(delay=delay):
+                return self._posting(delivery, held, held.counts.released(), delay)
+            case Dead(reason=reason, error=error, crash=crash):
+                counts = held.counts.ended_by_crash() if crash else held.counts
+                return self._dead(delivery.queue, delivery.message, counts, held.headers, reason, error)
+            case Done():
+                raise AssertionError("a Done has no copy")
+
+    def _posting(
+        self, delivery: Delivery, held: Held, counts: Counts, delay: float, error: RunError | None = None
+    ) -> Posting:
+        message, queue = delivery.message, delivery.queue
+        errors = with_error(errors_of(held.headers), error)
+        units = self._topology.units(delay)
+        exchange, key = self._topology.delayed(queue, units) if units > 0 else ("", self._topology.queue(queue))
+        return Posting(exchange, key, headers_of(message.id, counts, errors), message.body, message.priority)
+
+    def _dead(
+        self,
+        queue: str,
+        message: Message,
+        counts: Counts,
+        headers: Any,
+        reason: DeadReason,
+        error: RunError | None = None,
+    ) -> Posting:
+        errors = with_error(errors_of(headers), error)
+        self._died = max(datetime.now(UTC), self._died + _MICROSECOND)  # so that those of one moment keep their order
+        died = (self._died, reason)
+        return Posting(
+            "", self._topology.dead(queue), headers_of(message.id, counts, errors, died), message.body, message.priority
+        )
+
+    async def _store(self, postings: Sequence[Posting], deadline: float) -> list[Outcome]:
+        """Have copies stored; once more those that found a level of the ladder missing."""
+        try:
+            await self._make_holds(postings)
+            outcomes = await self._post.copies.put(postings, deadline)
+            again = [at for at, outcome in enumerate(outcomes) if outcome == "unroutable" and postings[at].exchange]
+            if again:
+                self._post.admin.forget_holds()
+                await self._make_holds([postings[at] for at in again])
+                once_more = await self._post.copies.put([postings[at] for at in again], deadline)
+                for at, outcome in zip(again, once_more, strict=True):
+                    outcomes[at] = outcome
+        except BackendUnavailable as error:
+            return [error for _ in postings]
+        return outcomes
+
+    async def _make_holds(self, postings: Sequence[Posting]) -> None:
+        await self._post.admin.make_holds(
+            max((self._topology.units_of(posting.key) for posting in postings), default=0)
+        )
+
+    def _acknowledge(self, acks: Sequence[Held]) -> None:
+        by_lane: dict[Lane, list[int]] = {}
+        for held in acks:
+            by_lane.setdefault(held.lane, []).append(held.tag)
+        for lane, tags in by_lane.items():
+            lane.acknowledge(tags)
+
+    def count_crash(self, lane: Lane, queue: str, content: Content) -> "asyncio.Future[None]":
+        """A message that somebody had and did not settle: published again, or dead; done when it is acknowledged."""
+        headers = content.properties.headers
+        counts = counts_of(headers).crashed()
+        message = Message(id_of(content.properties, content.body), content.body, content.properties.priority or 0)
+        limit = self._crash_limit if counts.crash_limit is None else counts.crash_limit
+        if counts.crashes >= limit:
+            _log.error("job %s of queue %s is dead: its runs end without a settlement", message.id, queue)
+            posting = self._dead(queue, message, counts, headers, "crash_limit")
+        else:
+            errors = errors_of(headers)
+            fresh = headers_of(message.id, counts, errors)
+            posting = Posting("", self._topology.queue(queue), fresh, message.body, message.priority)
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        tag = content.frame.delivery_tag
+        lane.add(tag)
+        sending = self._post.copies.put([posting], time.monotonic() + _COPY_WITHIN)
+
+        def sent(sending: "asyncio.Future[list[Outcome]]") -> None:
+            [outcome] = sending.result()
+            if outcome == "stored":
+                lane.acknowledge([tag])
+                finish()
+            else:
+                _log.warning("job %s of queue %s could not be counted: %s", message.id, queue, outcome)
+                loop.call_later(_AGAIN_AFTER, give_up)
+
+        def give_up() -> None:
+            self._post.remember(message.id, counts.number)
+            lane.give_back(tag)  # it comes again
+            finish()
+
+        def finish() -> None:
+            if not over.done():
+                over.set_result(None)
+            self._changed()
+
+        sending.add_done_callback(sent)
+        return over
