@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, TypeAlias
 
-from mindtrace.jobs.errors import BackendUnavailable, JobsError, LeaseLost, RunAborted, RunFailed
+from mindtrace.jobs.errors import BackendUnavailable, JobsError, JobSignal, LeaseLost, RunAborted, RunFailed
 from mindtrace.jobs.wire import Message
 
 DeadReason = Literal[
@@ -81,6 +81,8 @@ class RunError:
     @classmethod
     def of(cls, error: BaseException) -> "RunError":
         """What there is to say about an exception."""
+        if isinstance(error, JobSignal) and isinstance(error.__cause__, RunFailed):  # raised in another process
+            error = error.__cause__
         if isinstance(error, RunFailed):
             return cls(
                 _cut(_escaped(error.type), NAME_LIMIT),

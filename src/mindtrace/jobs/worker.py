@@ -31,6 +31,7 @@ from mindtrace.jobs.errors import (
 from mindtrace.jobs.events import JobSettled, Listener, told
 from mindtrace.jobs.job import ExecutionStatus
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
+from mindtrace.jobs.processes import Processes
 from mindtrace.jobs.retry import RetryPolicy, is_seconds, is_whole
 from mindtrace.jobs.routes import Routes
 from mindtrace.jobs.runs import Finished, Run, Runs, about
@@ -79,7 +80,8 @@ class Worker:
     Args:
         orchestrator: whose queues. One that nobody opened is opened, and closed again, by the worker; where its broker
             is not there yet, the worker keeps trying.
-        consumers: one for each kind of job, of either class. A blocking one runs in a thread.
+        consumers: one for each kind of job, of either class. A blocking one runs in a thread, or in a process if its
+            class says so.
         concurrency: jobs run at once, and the most that are held.
         timeout: seconds for one run, where neither publish nor schema nor class says; None for no limit.
         retry: the policy, where neither of them says.
@@ -144,6 +146,7 @@ class Worker:
         if not consumers:
             raise ConfigError("a worker needs at least one consumer")
         self.orchestrator: AsyncOrchestrator = orchestrator
+        self._consumers = tuple(consumers)
         self.concurrency: int = concurrency
         self.name: str = f"{name}@{socket.gethostname()}:{os.getpid()}"
         self.handled: int = 0
@@ -157,9 +160,11 @@ class Worker:
         self._pool: ThreadPool | None = None
         if threads is None:
             self._pool = threads = ThreadPool(concurrency, f"{name}-run")
+        self._processes = Processes()
         self._runs = Runs(
             worker=self.name,
             threads=threads,
+            processes=self._processes,
             grace=cancel_grace,
             policy=policy,
             random=self._random,
@@ -283,6 +288,8 @@ class Worker:
         self._cancels = self._main.cancelling() if self._main is not None else 0
         try:
             async with AsyncExitStack() as stack:
+                stack.push_async_callback(self._processes.aclose)
+                await self._processes.open(self._consumers, self.concurrency, self._stop_asked)
                 receiver = await self._arrive(stack)
                 if receiver is None:
                     return
