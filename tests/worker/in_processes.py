@@ -76,13 +76,18 @@ def act(data: dict[str, Any]) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         case "leave":
             os._exit(3)
+        case "garbage":
+            for fd in os.listdir("/proc/self/fd"):
+                if int(fd) > 2 and os.path.realpath(f"/proc/self/fd/{fd}").rpartition("/")[2].startswith("socket:"):
+                    os.write(int(fd), b"\xff" * 64)
+            time.sleep(100)
         case "exit":
             sys.exit("enough")
         case "grow":
             kept: list[bytes] = []
             while True:
                 kept.append(os.urandom(1024) * 1024)
-                time.sleep(0.001)
+                time.sleep(0.005)
         case "raise":
             raise {"Sold": Sold, "OutOfStock": OutOfStock, "KeyError": KeyError}[data["kind"]]("no more of it")
         case "snooze":
@@ -164,6 +169,8 @@ class Pack(Consumer[Order, Parcel]):
         match data.article:
             case "set":
                 return {1, 2}, object()
+            case "huge":
+                return {"weight": "heavy" * 4_000_000}
             case "wrong":
                 return {"weight": "heavy"}
             case "dict":

@@ -184,15 +184,16 @@ async def test_an_input_is_a_model_there_and_a_result_is_checked_here(
     """By aliases, too; and what cannot be told to the worker is no result."""
     pack = shop.Pack("pack")
     await orchestrator.register(pack.schema())
-    articles = ("a book", "dict", "wrong", "set")
+    articles = ("a book", "dict", "wrong", "set", "huge")
     ids = {article: await orchestrator.publish("pack", {"what": article, "count": 2}) for article in articles}
     worker = Worker(orchestrator, [pack], concurrency=1, until_idle=True)
     assert await worker.run() == 0
     dead = await dead_letters(orchestrator, "pack")
     assert {record.reason for record in dead.values()} == {"output_invalid"}
-    assert set(dead) == {ids["wrong"], ids["set"]}
+    assert set(dead) == {ids["wrong"], ids["set"], ids["huge"]}
     assert "weight: Input should be a valid integer" in last_error(dead[ids["wrong"]])[1]
     assert "cannot be written as JSON" in last_error(dead[ids["set"]])[1]
+    assert "bytes of JSON, 16777216 allowed" in last_error(dead[ids["huge"]])[1]
 
 
 async def test_without_an_output_model_a_result_may_be_anything(
@@ -284,7 +285,7 @@ async def test_a_run_whose_process_dies_crashes_alone_and_is_dead_at_its_crash_l
     """No attempt is used up: with one attempt only it is started five times, without waiting for a lease."""
     poison = await publish("abort")
     once = {"retry": RetryPolicy(crash_limit=1)}
-    others = {act: await publish(act, options=once) for act in ("kill", "leave")}
+    others = {act: await publish(act, options=once) for act in ("kill", "leave", "garbage")}
     neighbours = [await publish("tell", n=n) for n in range(20)]
     ends = Ends()
     worker = Worker(orchestrator, [shop.Once("jobs")], concurrency=2, until_idle=True, listeners=[ends])
@@ -296,6 +297,7 @@ async def test_a_run_whose_process_dies_crashes_alone_and_is_dead_at_its_crash_l
     dead = await dead_letters(orchestrator)
     for job_id, n, text in (
         (poison, 5, "SIGABRT"), (others["kill"], 1, "SIGKILL"), (others["leave"], 1, "exit status 3"),
+        (others["garbage"], 1, "wrote into the socket"),
     ):  # fmt: skip
         record = dead[job_id]
         assert (record.reason, record.attempts, record.crashes) == ("crash_limit", n, n)
@@ -405,15 +407,36 @@ async def test_consumers_take_turns_where_there_are_fewer_slots_than_kinds(
 async def test_an_idle_child_that_was_killed_is_replaced(
     orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any, start: Start
 ) -> None:
-    running = start(Worker(orchestrator, [shop.Acts("jobs")], concurrency=1, max_jobs=2))
+    start(Worker(orchestrator, [shop.Acts("jobs")], concurrency=1))
     await publish("tell")
     facts = await board.next()
     os.kill(facts["pid"], signal.SIGKILL)
     await gone(facts["pid"])
     await publish("tell")
-    assert await running == 0
     assert (await board.next())["pid"] != facts["pid"]
-    assert await dead_letters(orchestrator) == {}
+
+
+async def test_where_no_child_can_be_had_for_now_the_job_is_put_off(
+    orchestrator: AsyncOrchestrator,
+    publish: Publish,
+    board: Board,
+    shop: Any,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody's fault: it uses up no attempt, and the worker goes on."""
+    ends = Ends()
+    start(Worker(orchestrator, [shop.OneEach("jobs")], concurrency=1, listeners=[ends]))
+    for _ in range(2):
+        await publish("tell")
+        await board.next()
+    with monkeypatch.context() as gone_for_now:
+        gone_for_now.setattr(sys, "executable", "/no/such/python")
+        third = await publish("tell")
+        await ends.times(third, 1)
+    await ends.times(third, 2)
+    assert ends.of(third) == ["Release", "Done"]
+    assert (await board.next())["job"]["attempt"] == 1
 
 
 async def test_a_consumer_that_cannot_be_made_there_stops_the_worker_and_says_why(
@@ -546,18 +569,22 @@ RUN = "asyncio.run(main(sys.argv[1]))\n"
 
 @pytest.fixture
 def program(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
-    def started(text: str, *words: str) -> "subprocess.Popen[str]":
-        file = tmp_path / "program"  # whatever it is called
+    def started(text: str, *words: str, module: bool = False) -> "subprocess.Popen[str]":
+        file = tmp_path / ("program.py" if module else "program")  # whatever it is called
         file.write_text(PROGRAM + text, "utf-8")
+        command = [sys.executable, "-m", "program"] if module else [sys.executable, file.name]
         return subprocess.Popen(
-            [sys.executable, str(file), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     return started
 
 
-def test_a_consumer_may_stand_in_the_program_itself(program: Callable[..., "subprocess.Popen[str]"]) -> None:
-    out, errors = program(GUARD + RUN, "raise").communicate(timeout=30)
+@pytest.mark.parametrize("module", [False, True], ids=["as a file", "as a module"])
+def test_a_consumer_may_stand_in_the_program_itself(
+    program: Callable[..., "subprocess.Popen[str]"], module: bool
+) -> None:
+    out, errors = program(GUARD + RUN, "raise", module=module).communicate(timeout=30)
     assert (out, errors) == ("attempts 2 __main__.Mine\n", "")
 
 

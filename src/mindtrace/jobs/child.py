@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from types import ModuleType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError, from_json, to_json
@@ -192,10 +192,10 @@ class _Runner:
         found: Any = module
         for name in wanted["qualname"].split("."):
             found = getattr(found, name)
-        if not (isinstance(found, type) and issubclass(found, AnyConsumer)):
+        fits = isinstance(found, type) and issubclass(found, AnyConsumer)
+        if not fits:
             raise TypeError(f"{wanted['module']}:{wanted['qualname']} is no consumer class")
-        kind = cast("type[AnyConsumer[Any, Any]]", found)
-        consumer = kind(wanted["name"])
+        consumer: AnyConsumer[Any, Any] = found(wanted["name"])
         consumer.job_type_name = wanted["name"]  # should its constructor not have kept it
         self._method = getattr(consumer, consumer.calls.method or "")
         self._schema = consumer.schema() if consumer.calls.method == "handle" else None

@@ -39,7 +39,7 @@ class Delivery:
         queue: where it came from.
         message: what was published.
         attempt: which counted start this is, from 1, crashes included. Failed runs so far = attempt - 1 - crashes.
-        crashes: deliveries of it that ended without a settlement.
+        crashes: deliveries of it that ended without a settlement, or with the process that ran them.
         releases: deliveries of it that were handed back.
         number: which delivery of this id, ever; never repeats, so it can fence writes to other systems.
         receipt: good for one settlement.
@@ -184,7 +184,7 @@ class DeadRecord:
         message: the original bytes, with their id and priority.
         reason: one word.
         attempts: counted starts since it was published or last replayed, crashes included.
-        crashes: of these, the ones that ended without a settlement.
+        crashes: of these, the ones that ended without a settlement, or with the process that ran them.
         releases: hand-backs.
         number: deliveries of this id, ever.
         died_at: by the broker's clock.
