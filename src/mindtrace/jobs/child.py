@@ -112,6 +112,7 @@ class _Line:
         self._jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._sending, self._turning = threading.Lock(), threading.Lock()
         self._busy = True  # with the imports
+        self._over = False
 
     def close(self) -> None:
         self._socket.close()
@@ -124,6 +125,8 @@ class _Line:
         """The next job, waited for; None if there are no more."""
         job = self._jobs.get()
         with self._turning:
+            if self._over:  # also if there was one more: nobody waits for it
+                return None
             self._busy = job is not None
         return job
 
@@ -157,10 +160,11 @@ class _Line:
             if frame is None:
                 break
             self._jobs.put(frame)
-        self._jobs.put(None)
         with self._turning:
             if self._busy:
                 _end_group()
+            self._over = True
+        self._jobs.put(None)
         time.sleep(LEAVE_WITHIN)
         _end_group()
 
@@ -192,8 +196,7 @@ class _Runner:
         found: Any = module
         for name in wanted["qualname"].split("."):
             found = getattr(found, name)
-        fits = isinstance(found, type) and issubclass(found, AnyConsumer)
-        if not fits:
+        if not _is_consumer_class(found):
             raise TypeError(f"{wanted['module']}:{wanted['qualname']} is no consumer class")
         consumer: AnyConsumer[Any, Any] = found(wanted["name"])
         consumer.job_type_name = wanted["name"]  # should its constructor not have kept it
@@ -275,6 +278,10 @@ class _ToWorker(logging.Handler):
             self._line.send(packed({"log": plain}))
         except Exception:  # what is logged is the user's
             self.handleError(record)
+
+
+def _is_consumer_class(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, AnyConsumer)
 
 
 def _framed(body: bytes) -> bytes:
