@@ -43,6 +43,7 @@ from mindtrace.jobs import (
     RedisConsumerBackend,
     Retry,
     RetryPolicy,
+    RunFailed,
     Worker,
     connect,
     current_job,
@@ -207,7 +208,18 @@ class Typed(Consumer[Take, Give]):
         return Give(b=data.a)
 
 
-for consumer in (Plain("both"), Typed("both"), Typed()):
+class Apart(Typed):
+    executor = "process"
+    max_memory = 512
+    max_jobs = 1000
+
+
+def wait(error: Exception, failed: int) -> float | None:
+    return 0.0 if isinstance(error, RunFailed) and error.is_a(KeyError) else None
+
+
+assert_type(RetryPolicy(delay=wait).crash_limit, int)
+for consumer in (Plain("both"), Typed("both"), Typed(), Apart()):
     consumer.connect(orchestrator)
     assert_type(consumer.consume(), int)
     assert_type(consumer.consume(3), int)
@@ -243,6 +255,7 @@ def listener(event: Event) -> None:
         assert_type(event.status, ExecutionStatus)
         if isinstance(event.settlement, Retry):
             assert_type(event.settlement.delay, float)
+            assert_type(event.settlement.crash, bool)
     else:
         assert_type(event, JobPublished | JobStarted)
 

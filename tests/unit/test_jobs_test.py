@@ -313,6 +313,19 @@ async def test_a_coroutine_runs_on_the_loop_and_blocking_code_in_a_thread() -> N
     assert threads[1] is not threads[0]
 
 
+class Elsewhere(Blocking):
+    executor = "process"
+
+
+async def test_what_runs_in_a_process_elsewhere_runs_in_a_thread_here_and_is_as_it_was_afterwards() -> None:
+    async with JobsTest() as jobs:
+        jobs.connect(consumer := Elsewhere("elsewhere"))
+        await jobs.publish("elsewhere", a_job())
+        await jobs.drain()
+    assert len(consumer.seen) == 1
+    assert consumer.executor == "process"
+
+
 async def test_a_typed_consumer_brings_its_schema() -> None:
     async with JobsTest() as jobs:
         jobs.connect(Length())

@@ -3,6 +3,8 @@
 import difflib
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,9 +14,9 @@ from pydantic import BaseModel
 
 from mindtrace.jobs.errors import ConfigError
 from mindtrace.jobs.job import In, JobId, JobSchema, Out, checked_queue_name, checked_timeout
-from mindtrace.jobs.retry import RetryPolicy
+from mindtrace.jobs.retry import RetryPolicy, is_whole
 
-_OPTIONS = ("job_type_name", "retry", "timeout", "ack")
+_OPTIONS = ("job_type_name", "retry", "timeout", "ack", "executor", "max_memory", "max_jobs")
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +30,7 @@ class CurrentJob:
         headers: as published.
         deadline: when its time is over, on `time.monotonic()`; inf for no limit.
         cancelled: it should give up: its time is over, the worker stops, or its lease is gone. A coroutine is cancelled
-            as well; code in a thread has to look.
+            as well; code in a thread has to look; a process is killed, and never sees it.
         lease_lost: the job is another worker's now; what this run returns is thrown away.
     """
 
@@ -45,7 +47,7 @@ _current: ContextVar[CurrentJob] = ContextVar("mindtrace_jobs_current_job")
 
 
 def current_job() -> CurrentJob:
-    """The job being run here; right in coroutines, the tasks they start, and threads.
+    """The job being run here; right in coroutines, the tasks they start, threads, and processes.
 
     Raises:
         LookupError: outside a job.
@@ -83,11 +85,50 @@ def _check_options(cls: "type[AnyConsumer[Any, Any]]") -> None:
         raise ConfigError(f"{cls.__name__}: {error}") from error
     if declared.get("ack", "late") not in ("late", "early"):
         raise ConfigError(f"{cls.__name__}: ack={declared['ack']!r}: 'late' or 'early'")
+    if declared.get("executor") not in (None, "thread", "process"):
+        raise ConfigError(f"{cls.__name__}: executor={declared['executor']!r}: 'thread' or 'process'")
+    for name in ("max_memory", "max_jobs"):
+        value = declared.get(name)
+        if value is not None and (not is_whole(value) or value < 1):
+            unit = "MiB, a" if name == "max_memory" else "a"
+            raise ConfigError(f"{cls.__name__}: {name}={value!r}: {unit} whole number from 1 on")
     for name, value in declared.items():
         if name.startswith("_") or name in _OPTIONS or callable(value) or isinstance(value, property):
             continue
         if near := difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.8):
             raise ConfigError(f"{cls.__name__}: there is no option {name!r}: did you mean {near[0]!r}?")
+
+
+def _check_executor(cls: "type[AnyConsumer[Any, Any]]") -> None:
+    """Nothing, if the one method of the class can be run where `executor` says."""
+    kind, executor = cls.__name__, cls.executor
+    if cls.calls.method is None:
+        return
+    if executor is not None and cls.calls.is_async:
+        raise ConfigError(
+            f"{kind}: executor={executor!r} is for a plain def, and {cls.calls.method} is a coroutine function, which "
+            f"runs on the worker's loop: write `def {cls.calls.method}`, or leave executor out"
+        )
+    if executor != "process":
+        for name in ("max_memory", "max_jobs"):
+            if getattr(cls, name) is not None:
+                raise ConfigError(f"{kind}: {name} is of the process that runs the jobs: it needs executor='process'")
+    elif "<locals>" in cls.__qualname__:
+        raise ConfigError(
+            f"{kind}: executor='process' needs a class that another process can import, and {cls.__qualname__} is made "
+            "inside a function: move it to the top level of its module"
+        )
+    elif cls.__module__ == "__main__" and main_file() is None:
+        raise ConfigError(
+            f"{kind}: executor='process' needs a class that another process can import, and this program has no file "
+            "(a notebook, a console, -c): move the class to a module"
+        )
+
+
+def main_file() -> str | None:
+    """The file of the running program; None where there is none to load again."""
+    file: object = getattr(sys.modules.get("__main__"), "__file__", None)
+    return os.path.abspath(file) if isinstance(file, str) and os.path.isfile(file) else None
 
 
 def _calls(cls: "type[AnyConsumer[Any, Any]]") -> Calls:
@@ -126,12 +167,21 @@ class AnyConsumer(Generic[In, Out]):
         retry: a policy, a number of runs, or False for one.
         timeout: seconds for one run; None for no limit.
         ack: `early` settles a job before it is run: at most once, no retry, no dead letter.
+        executor: where a plain `def` runs: in a `thread`, which None stands for, or in a `process` of its own, which a
+            timeout can kill. That process imports the class by its name and makes it by `cls(job_type_name)`. A
+            coroutine function runs on the worker's loop.
+        max_memory: MiB that its process may hold: above it a run is killed, which counts as a crash, and an idle
+            process is replaced.
+        max_jobs: runs after which its process is replaced.
     """
 
     job_type_name: str = ""
     retry: ClassVar[RetryPolicy | int | Literal[False] | None] = None
     timeout: ClassVar[float | None]
     ack: ClassVar[Literal["late", "early"]] = "late"
+    executor: ClassVar[Literal["thread", "process"] | None] = None
+    max_memory: ClassVar[int | None] = None
+    max_jobs: ClassVar[int | None] = None
 
     calls: ClassVar[Calls] = Calls(None)
 
@@ -143,6 +193,7 @@ class AnyConsumer(Generic[In, Out]):
         super().__init_subclass__(**kwargs)
         _check_options(cls)
         cls.calls = _calls(cls)
+        _check_executor(cls)
 
     @classmethod
     def class_timeout(cls) -> float | None:
@@ -155,13 +206,39 @@ class AnyConsumer(Generic[In, Out]):
         """Nothing, if it can be put to work.
 
         Raises:
-            ConfigError: it has neither `run` nor `handle`, or no name.
+            ConfigError: it has neither `run` nor `handle`, or no name; or `executor="process"` cannot work here.
         """
         kind = type(self).__name__
         if self.calls.method is None:
             raise ConfigError(f"{kind} has neither run nor handle: write one of them")
         if not self.job_type_name:
             raise ConfigError(f"{kind} has no name: {kind}('name of the schema or queue')")
+        if self.executor == "process":
+            self._check_process()
+
+    def _check_process(self) -> None:
+        cls, kind = type(self), type(self).__name__
+        if os.name != "posix":
+            raise ConfigError(f"{kind}: executor='process' needs a POSIX system: leave it out, for a thread")
+        if not sys.executable or getattr(sys, "frozen", False):
+            raise ConfigError(f"{kind}: executor='process' needs a Python interpreter, and this program runs without")
+        if self.max_memory is not None and not os.path.exists("/proc/self/statm"):
+            raise ConfigError(f"{kind}: max_memory needs /proc, where Linux tells what a process holds")
+        found: Any = sys.modules.get(cls.__module__)
+        for name in cls.__qualname__.split("."):
+            found = getattr(found, name, None)
+        if found is not cls:
+            raise ConfigError(
+                f"{kind}: executor='process' needs a class that another process can import, and there is no such class "
+                f"at {cls.__module__}:{cls.__qualname__}: give it that name there"
+            )
+        try:
+            inspect.signature(cls).bind(self.job_type_name)
+        except TypeError as error:
+            raise ConfigError(
+                f"{kind}: its process makes it by {kind}({self.job_type_name!r}), which its constructor does not take "
+                f"({error}): let it make what else it needs by itself, from settings or the environment"
+            ) from None
 
     def schema(self) -> JobSchema[Any, Any] | None:
         """The schema that a typed consumer's own models make; None for a plain one."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, TypeAlias
 
-from mindtrace.jobs.errors import BackendUnavailable, JobsError, LeaseLost, RunAborted, RunFailed
+from mindtrace.jobs.errors import BackendUnavailable, JobsError, JobSignal, LeaseLost, RunAborted, RunFailed
 from mindtrace.jobs.wire import Message
 
 DeadReason = Literal[
@@ -39,7 +39,7 @@ class Delivery:
         queue: where it came from.
         message: what was published.
         attempt: which counted start this is, from 1, crashes included. Failed runs so far = attempt - 1 - crashes.
-        crashes: deliveries of it that ended without a settlement.
+        crashes: deliveries of it that ended without a settlement, or with the process that ran them.
         releases: deliveries of it that were handed back.
         number: which delivery of this id, ever; never repeats, so it can fence writes to other systems.
         receipt: good for one settlement.
@@ -81,6 +81,8 @@ class RunError:
     @classmethod
     def of(cls, error: BaseException) -> "RunError":
         """What there is to say about an exception."""
+        if isinstance(error, JobSignal) and isinstance(error.__cause__, RunFailed):  # raised in another process
+            error = error.__cause__
         if isinstance(error, RunFailed):
             return cls(
                 _cut(escaped(error.type), NAME_LIMIT),
@@ -182,7 +184,7 @@ class DeadRecord:
         message: the original bytes, with their id and priority.
         reason: one word.
         attempts: counted starts since it was published or last replayed, crashes included.
-        crashes: of these, the ones that ended without a settlement.
+        crashes: of these, the ones that ended without a settlement, or with the process that ran them.
         releases: hand-backs.
         number: deliveries of this id, ever.
         died_at: by the broker's clock.

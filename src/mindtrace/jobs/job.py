@@ -286,6 +286,23 @@ def as_read(instance: BaseModel) -> Any:
     return {_read_name(name, fields[name]) if name in fields else name: value for name, value in vars(instance).items()}
 
 
+def as_sent(instance: BaseModel) -> Any:
+    """The instance as JSON values under the names that its model, and those inside it, read them by.
+
+    Raises:
+        ValueError: it holds what JSON cannot carry.
+    """
+    dump = instance.__pydantic_serializer__.to_python
+    values: Any = dump(instance, mode="json", by_alias=True, round_trip=True, warnings=False)
+    if isinstance(instance, RootModel):
+        return values
+    for name, field in type(instance).model_fields.items():
+        written, read = field.serialization_alias or name, _read_name(name, field)
+        if written != read and written in values:
+            values[read] = values.pop(written)
+    return values
+
+
 def _read_name(name: str, field: FieldInfo) -> str:
     alias = field.validation_alias
     if isinstance(alias, AliasChoices):

@@ -62,7 +62,8 @@ def _after_failure(delivery: Delivery, end: Exception, policy: RetryPolicy, rand
 
 def _after_crash(delivery: Delivery, end: RunCrashed, policy: RetryPolicy, random: Random) -> Settlement:
     """As where a lease has lapsed, but with a wait: there the lease was the wait."""
-    error, crashes, limit = RunError.of(end), delivery.crashes + 1, delivery.message.crash_limit
+    error = replace(RunError.of(end), traceback="")  # the user's code has none that could be known
+    crashes, limit = delivery.crashes + 1, delivery.message.crash_limit
     if crashes >= (policy.crash_limit if limit is None else limit):
         return Dead("crash_limit", error, crash=True)
     wait = replace(policy, delay=None).wait(end, crashes, random)  # the user's function decides over failed runs

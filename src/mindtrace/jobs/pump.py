@@ -22,6 +22,7 @@ from mindtrace.jobs.errors import (
 from mindtrace.jobs.health import Pulse
 from mindtrace.jobs.memory import resident
 from mindtrace.jobs.options import WorkerOptions
+from mindtrace.jobs.processes import Processes
 from mindtrace.jobs.routes import Routes
 from mindtrace.jobs.runs import Finished, Run, Runs
 from mindtrace.jobs.threads import BlockingRuns
@@ -45,6 +46,7 @@ class Pump:
         options: what it is told.
         routes: who runs what.
         threads: where blocking runs are executed.
+        processes: where those run whose class says so.
         ahead: what waits for a slot.
         random: the source of the jitter.
         stop_for: called with a `KeyboardInterrupt`, a `SystemExit` and the like that a run raised.
@@ -58,6 +60,7 @@ class Pump:
         routes: Routes,
         *,
         threads: BlockingRuns,
+        processes: Processes,
         ahead: Ahead,
         random: Random,
         stop_for: Callable[[BaseException], None],
@@ -68,6 +71,7 @@ class Pump:
         self.runs: Runs = Runs(
             worker=worker,
             threads=threads,
+            processes=processes,
             grace=options.cancel_grace,
             policy=options.policy,
             random=random,

@@ -31,10 +31,11 @@ class RetryPolicy:
         jitter: `full`, or `none` for the upper end itself.
         retry_on: exceptions that are retried; the others send the job to the dead letters at once, as `rejected`.
         no_retry_on: exceptions that are not, even if `retry_on` covers them.
-        delay: in place of the formula: called with the exception and the number of failed runs, gives seconds, or None
-            for no further run. A function that raises, or gives something else, counts as not there.
-        crash_limit: deliveries that may end with their worker (process killed, link lost) until the job is dead. They
-            use up no attempt.
+        delay: in place of the formula: called with the exception (of a run in a process of its own, a `RunFailed`) and
+            the number of failed runs, gives seconds, or None for no further run. A function that raises, or gives
+            something else, counts as not there.
+        crash_limit: deliveries that may end with their worker, or the process that runs them (killed, link lost), until
+            the job is dead. They use up no attempt.
 
     Raises:
         ConfigError: a value is out of its range.

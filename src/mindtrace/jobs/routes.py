@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mindtrace.jobs.backend import QueueSpec
+from mindtrace.jobs.child import Unwritable
 from mindtrace.jobs.consumer import AnyConsumer
 from mindtrace.jobs.delivery import Delivery
 from mindtrace.jobs.errors import ConfigError, Refused, UnknownSchema, described
-from mindtrace.jobs.job import JobSchema, as_read, dumped, field_errors
+from mindtrace.jobs.job import JobSchema, as_read, dumped, field_errors, parsed
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.retry import RetryPolicy
 from mindtrace.jobs.wire import Envelope, decode, job_dict
@@ -65,8 +66,17 @@ class Route:
             data = dumped(model)
         return job_dict(envelope, attempt, data)
 
-    def check_output(self, envelope: Envelope, returned: object) -> None:
-        """Nothing, if the result fits.
+    def input_sent(self, envelope: Envelope, attempt: int) -> Any:
+        """`input_for` as JSON values, for another process: checked here, and made a model there.
+
+        Raises:
+            Refused: the input does not fit the schema.
+        """
+        data = self.input_for(envelope, attempt)
+        return envelope.input_data if self.consumer.calls.method == "handle" else data
+
+    def check_output(self, envelope: Envelope, returned: object, *, sent: bool = False) -> None:
+        """Nothing, if the result fits. `sent`: it came from another process, as JSON values or `Unwritable`.
 
         Raises:
             Refused: it does not, and the schema says that this is an error.
@@ -75,16 +85,27 @@ class Route:
         model: type[BaseModel] | None = None if schema is None else schema.output
         if schema is None or model is None:
             return
-        try:
+        if (found := _misfit(model, returned, sent)) is not None:
+            text = f"the result does not fit the schema {schema.name!r}: {found}"
+            if schema.validate_output == "error":
+                raise Refused("output_invalid", text)
+            _log.warning("job %s: %s", envelope.id, text)
+
+
+def _misfit(model: type[BaseModel], returned: object, sent: bool) -> str | None:
+    """Why it does not fit, without the values."""
+    if isinstance(returned, Unwritable):
+        return returned.why
+    try:
+        if sent:
+            parsed(model, returned)
+        else:
             if isinstance(returned, model):
                 returned = as_read(returned)  # checked anew: what is set on a model later is not validated
             model.model_validate(returned)
-        except Exception as error:  # a validator is the user's code, and the run is over: it must not run again
-            found = described(field_errors(error)) if isinstance(error, ValidationError) else type(error).__name__
-            text = f"the result does not fit the schema {schema.name!r}: {found}"
-            if schema.validate_output == "error":
-                raise Refused("output_invalid", text) from None
-            _log.warning("job %s: %s", envelope.id, text)
+    except Exception as error:  # a validator is the user's code, and the run is over: it must not run again
+        return described(field_errors(error)) if isinstance(error, ValidationError) else type(error).__name__
+    return None
 
 
 def queue_of(orchestrator: AsyncOrchestrator, consumer: AnyConsumer[Any, Any]) -> str:

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from mindtrace.jobs.consumer import CurrentJob, enter_job
 from mindtrace.jobs.delivery import Dead, Delivery, Done, Release, Retry, Settlement
-from mindtrace.jobs.errors import JobSignal, Refused, RunAborted, RunTimeout, UnknownSchema
+from mindtrace.jobs.errors import JobSignal, Refused, RunAborted, RunCrashed, RunFailed, RunTimeout, UnknownSchema
 from mindtrace.jobs.events import JobStarted, Listener, told
 from mindtrace.jobs.policy import settlement_for
+from mindtrace.jobs.processes import ChildUnfit, Processes
 from mindtrace.jobs.retry import RetryPolicy
 from mindtrace.jobs.routes import Route
 from mindtrace.jobs.threads import BlockingRuns, Outcome
@@ -62,9 +63,21 @@ class Run:
         self.ended: bool = False
         self.stuck: bool = False
 
-    async def perform(self, threads: BlockingRuns) -> Done:
-        """Call the user's method with a checked input, and check what it returns. Raises whatever went wrong."""
+    async def perform(self, threads: BlockingRuns, processes: Processes, begun: "Callable[[Run], None]") -> Done:
+        """Call the user's method with a checked input, and check what it returns. Raises whatever went wrong.
+
+        Args:
+            threads: where a plain function runs.
+            processes: where it runs if its class says so.
+            begun: called when the time of the run begins.
+        """
         route = self.route
+        if route.consumer.executor == "process":
+            sent = route.input_sent(self.envelope, self.delivery.attempt)
+            result = await processes.run(route.consumer, self.job, sent, lambda: begun(self))
+            route.check_output(self.envelope, result, sent=True)
+            return _DONE
+        begun(self)
         data = route.input_for(self.envelope, self.delivery.attempt)
         enter_job(self.job)
         if route.consumer.calls.is_async:
@@ -99,6 +112,7 @@ class Runs:
     Args:
         worker: its name, for the records of errors.
         threads: where blocking code runs.
+        processes: where it runs if its class says so.
         grace: seconds that a cancelled run has to clean up.
         policy: of a delivery that cannot be read.
         random: the source of the jitter.
@@ -114,6 +128,7 @@ class Runs:
         *,
         worker: str,
         threads: BlockingRuns,
+        processes: Processes,
         grace: float,
         policy: RetryPolicy,
         random: Random,
@@ -126,7 +141,7 @@ class Runs:
         self.finished: list[Finished] = []
         self.released: int = 0
         self.stuck: int = 0
-        self._worker, self._threads, self._grace = worker, threads, grace
+        self._worker, self._threads, self._processes, self._grace = worker, threads, processes, grace
         self._policy, self._random, self._listeners = policy, random, listeners
         self._nudge, self._ended, self._stop_for, self._ending = nudge, ended, stop_for, ending
         self._runs: dict[Delivery, Run] = {}
@@ -189,15 +204,11 @@ class Runs:
                 delivery, envelope = run.delivery, run.envelope
                 event = JobStarted(delivery.queue, delivery.message.id, envelope.schema_name, delivery.attempt)
                 await told(self._listeners, event)
-            if run.timeout != math.inf:
-                run.job.deadline = time.monotonic() + run.timeout
-                if run.job.deadline < self._alarm_at:
-                    self._set_alarm(run.job.deadline)
             if not run.delivery.lost:  # while the listeners were told, say
-                end = await run.perform(self._threads)
+                end = await run.perform(self._threads, self._processes, self._begin_time)
         except asyncio.CancelledError as error:
             end = self._cancelled(run, error)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, ChildUnfit) as error:  # nothing that the job could help
             self._stop_for(error)
         except (Refused, JobSignal) as error:
             end = error
@@ -221,6 +232,12 @@ class Runs:
                 self._free(run)
             else:
                 run.thread.add_done_callback(lambda _: self._free(run))  # a thread keeps its slot until it returns
+
+    def _begin_time(self, run: Run) -> None:
+        if run.timeout != math.inf:
+            run.job.deadline = time.monotonic() + run.timeout
+            if run.job.deadline < self._alarm_at:
+                self._set_alarm(run.job.deadline)
 
     def _set_alarm(self, when: float) -> None:
         """One alarm for all runs, at the earliest deadline: a timer for each costs a tenth of what a job costs."""
@@ -302,13 +319,10 @@ class Runs:
         """Type and place of a failure; never its text, which may hold payload."""
         level, then = _outlook(settlement)
         if _log.isEnabledFor(level):
-            frames = traceback.extract_tb(end.__traceback__, limit=-1)
-            place = f" in {frames[0].name}, {frames[0].filename}:{frames[0].lineno}" if frames else ""
+            kind, place = _origin(end)
             job_id, attempt = run.envelope.id, run.delivery.attempt
             extra = about(run.delivery, self._worker, run.envelope.schema_name)
-            _log.log(
-                level, "job %s, attempt %d: %s%s; %s", job_id, attempt, type(end).__name__, place, then, extra=extra
-            )
+            _log.log(level, "job %s, attempt %d: %s%s; %s", job_id, attempt, kind, place, then, extra=extra)
 
     def _finish(self, finished: Finished) -> None:
         self.finished.append(finished)
@@ -328,6 +342,17 @@ class Runs:
         return replace(
             settlement, error=replace(settlement.error, started_at=started, ended_at=now, worker=self._worker)
         )
+
+
+def _origin(end: Exception) -> tuple[str, str]:
+    """The class of a failure, and where it was raised."""
+    there = end.__cause__ if isinstance(end, JobSignal) else end
+    if isinstance(there, RunFailed):  # in another process
+        return there.type.rpartition(".")[2], f" in {there.place}" if there.place else ""
+    if isinstance(end, RunCrashed):
+        return f"RunCrashed ({end})", ""
+    frames = traceback.extract_tb(end.__traceback__, limit=-1)
+    return type(end).__name__, f" in {frames[0].name}, {frames[0].filename}:{frames[0].lineno}" if frames else ""
 
 
 def _outlook(settlement: Settlement) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from mindtrace.jobs.events import Listener
 from mindtrace.jobs.health import Health
 from mindtrace.jobs.options import WorkerOptions
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
+from mindtrace.jobs.processes import Processes
 from mindtrace.jobs.pump import LONGEST_PAUSE, Pump
 from mindtrace.jobs.retry import RetryPolicy
 from mindtrace.jobs.routes import Routes, queue_of
@@ -42,7 +43,8 @@ class Worker:
     Args:
         orchestrator: whose queues. One that nobody opened is opened, and closed again, by the worker; where its broker
             is not there yet, the worker keeps trying.
-        consumers: one for each kind of job, of either class. A blocking one runs in a thread.
+        consumers: one for each kind of job, of either class. A blocking one runs in a thread, or in a process if its
+            class says so.
         concurrency: jobs run at once, and the most that are held.
         timeout: seconds for one run, where neither publish nor schema nor class says; None for no limit.
         retry: the policy, where neither of them says.
@@ -117,6 +119,7 @@ class Worker:
         )
         self._consumers, self._threads = tuple(consumers), threads
         self._random = random or Random()  # noqa: S311 (jitter, not secrets)
+        self._processes = Processes()
         self._cancelling = False
         self._fatal: BaseException | None = None
         self._ready, self._stop_asked = asyncio.Event(), asyncio.Event()
@@ -145,6 +148,7 @@ class Worker:
             options,
             self._routes,
             threads=self._runs_in,
+            processes=self._processes,
             ahead=self._ahead,
             random=self._random,
             stop_for=self._stop_for,
@@ -330,6 +334,8 @@ class Worker:
         self._cancels = self._main.cancelling() if self._main is not None else 0
         try:
             async with AsyncExitStack() as stack:
+                stack.push_async_callback(self._processes.aclose)
+                await self._processes.open(self._consumers, self.concurrency, self._stop_asked)
                 receiver = await self._arrive(stack)
                 if receiver is None:
                     return

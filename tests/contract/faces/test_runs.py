@@ -1,8 +1,10 @@
 """How each way a run may end settles its job, through both faces and by each method a consumer may have."""
 
 import asyncio
+import importlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,7 +135,9 @@ async def test_a_schema_may_have_misfits_logged_instead(
     await jobs.publish("tolerant", {}, job_id="odd")
     assert await jobs.consume(jobs.consumer(shape, lambda _: {"total": "a-secret-sum"}, "tolerant"), 1) == 1
     assert await jobs.depth("tolerant") == known(0, 0, 0, 0)
-    [warning] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    [warning] = [
+        record for record in caplog.records if record.levelno == logging.WARNING and "odd" in record.getMessage()
+    ]
     assert "odd" in warning.getMessage()
     assert "total" in warning.getMessage()
     assert "secret" not in warning.getMessage()
@@ -466,3 +470,20 @@ async def test_a_keyboard_interrupt_releases_its_job_and_is_raised(
     assert await jobs.consume(consumer, 1) == 1
     assert run.attempts == [1, 1]
     assert await jobs.depth("orders") == known(0, 0, 0, 0)
+
+
+# --- its process died
+
+
+async def test_a_run_whose_process_dies_is_a_crash_and_dead_at_its_limit(
+    jobs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one attempt only, and without a lease that would have to end first."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "worker"))
+    await jobs.declare(QueueSpec("jobs"))
+    job = Job(name="jobs", schema_name="jobs", input_data={"act": "kill"})
+    await jobs.publish("jobs", job, retry=RetryPolicy(max_attempts=1, base=0.0, crash_limit=2))
+    assert await jobs.consume(importlib.import_module("in_processes").Acts("jobs"), 2) == 2
+    [record] = await jobs.dead("jobs")
+    assert (record.reason, record.attempts, record.crashes) == ("crash_limit", 2, 2)
+    assert [error.type for error in record.errors] == ["mindtrace.jobs.errors.RunCrashed"] * 2

@@ -113,7 +113,8 @@ class JobsTest(AsyncOrchestrator):
 
     Everything is as in production: inputs are checked, jobs go through the wire format, a `Worker` runs them. `async
     with` opens and closes it; without, it opens itself in the loop that first uses it, and again in a later loop once
-    that one is closed, so that a test may call `asyncio.run` several times.
+    that one is closed, so that a test may call `asyncio.run` several times. One thing is not: what has
+    `executor="process"` runs in a thread, or a test could neither patch it nor catch what it raises.
 
     Attributes:
         clock: delays, retries and leases go by it, and only the test moves it. Timeouts and the timers of the jobs
@@ -345,11 +346,14 @@ class _Watch:
 
 @contextmanager
 def _watched(consumer: AnyConsumer[Any, Any], watch: _Watch) -> Generator[None]:
-    """Tell `watch` what the consumer raises: a settlement carries its text, and a test wants the exception itself."""
+    """Tell `watch` what the consumer raises: a settlement carries its text, and a test wants the exception itself.
+
+    In this process, whatever its executor: what a test patches is what the run sees.
+    """
     name: str = consumer.calls.method or ""
     method: Callable[[Any], Any] = getattr(consumer, name)
     own = vars(consumer)
-    before = own.get(name)
+    before = dict(own)
 
     @wraps(method)
     def call(data: Any) -> Any:
@@ -370,10 +374,11 @@ def _watched(consumer: AnyConsumer[Any, Any], watch: _Watch) -> Generator[None]:
             raise
 
     own[name] = call_async if consumer.calls.is_async else call
+    own["executor"] = None
     try:
         yield
     finally:
-        if before is None:
-            del own[name]
-        else:
-            own[name] = before
+        for changed in (name, "executor"):
+            del own[changed]
+            if changed in before:
+                own[changed] = before[changed]
