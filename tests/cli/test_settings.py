@@ -123,6 +123,7 @@ def test_config_tells_of_everything_that_is_wrong_and_of_variables_that_mean_not
         (("dead", "replay", "--all", "--reason", "timeout"), "--all"),
         (("dead", "replay", "a", "--reason", "timeout"), "--reason"),
         (("dead", "replay", "--all", "--rate", "0"), "a second"),
+        (("dead", "replay", "a", "--limit", "1"), "--limit"),
         (("publish", "x", "{}", "--delay", "1", "--at", "2030-01-01T00:00Z"), "--delay and --at"),
         (("publish", "x", "{}", "--at", "2030-01-01T00:00"), "offset"),
         (("publish", "x", "{}", "--delay", "soon"), "seconds"),

@@ -206,7 +206,7 @@ def test_a_person_at_a_terminal_types_the_name(cli: Cli, on_redis: Server, monke
         keys.write(b"orders\n")
         meant = cli("queues", "clean", "orders", *where)
     assert (mistaken.status, "nothing was done" in mistaken.err) == (1, True)
-    assert (meant.status, meant.out) == (0, "1 jobs of orders cancelled\n")
+    assert (meant.status, meant.out) == (0, "1 job of orders cancelled\n")
 
 
 def test_dead_letters_are_listed_in_pages_filtered_and_grouped(cli: Cli, server: Server) -> None:
@@ -263,9 +263,9 @@ def test_replay_puts_back_ids_a_filter_or_all_and_purge_forgets(cli: Cli, server
     assert server.ready("orders") == ["c", "b", "d"]
     asked = cli("dead", "purge", "--all", *both)
     assert (asked.status, "--yes" in asked.err) == (2, True)
-    assert cli("dead", "purge", "e", "--yes", *both).out == "1 jobs forgotten\n"
+    assert cli("dead", "purge", "e", "--yes", *both).out == "1 job forgotten\n"
     assert server.dead("orders") == ["a"]
-    assert cli("dead", "replay", "--all", *both).out == "1 jobs put back\n"
+    assert cli("dead", "replay", "--all", *both).out == "1 job put back\n"
     assert cli("dead", "replay", "--all", *both).out == "0 jobs put back\n"
 
 

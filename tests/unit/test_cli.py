@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and with which exit status it ends."""
 
+import io
 import json
 import signal
 import subprocess
@@ -52,6 +53,18 @@ def test_bench_prints_facts_and_then_a_line_for_each_figure(capsys: pytest.Captu
         "consume, blocking",
     ]
     assert all(line.startswith("measured: ") for line in err.splitlines())
+
+
+def test_bench_shows_a_terminal_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert main(["bench", "-n", "2000", "-c", "1"]) == 0
+    assert "] measured: 0 of 7 figures (0%)" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r\033[K")
 
 
 def test_bench_json_is_one_document_with_every_job_accounted_for(capsys: pytest.CaptureFixture[str]) -> None:

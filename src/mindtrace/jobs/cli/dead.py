@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mindtrace.jobs.cli.errors import FAILED, FINE, CommandError, UsageError
-from mindtrace.jobs.cli.output import Progress, confirm, document, say, table
+from mindtrace.jobs.cli.output import Progress, confirm, counted, document, say, table
 from mindtrace.jobs.cli.parser import Parser, argument
 from mindtrace.jobs.cli.reach import Reach, on_broker, take_broker
 from mindtrace.jobs.cli.records import GROUP_HEADER, HEADER, Group, Letter
@@ -60,6 +60,8 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
         raise UsageError("--all leaves nothing to choose: leave it out, or the rest")
     if not (parsed.all or selection.ids or selection.where):
         raise UsageError("which? Give ids, --all, or a filter: --reason, --schema, --since")
+    if selection.ids and parsed.limit is not None:
+        raise UsageError("--limit is for --all and for filters: of ids, give as many as are meant")
     return on_broker(settings, lambda reach: _Moving(parsed.action, selection, parsed, settings).go(reach))
 
 
@@ -117,7 +119,7 @@ async def _groups(reach: Reach, selection: Selection, parsed: argparse.Namespace
     else:
         table(GROUP_HEADER, [group.row() for group in shown])
     if len(shown) < len(ordered):
-        say(f"{len(ordered) - len(shown):,} more groups: --limit {len(ordered)}")
+        say(f"{counted(len(ordered) - len(shown), 'more group')}: --limit {len(ordered)}")
     return FINE
 
 
@@ -162,14 +164,15 @@ class _Moving:
                     await self._move(queue, reach.jobs.dead_letters(queue))
         except (asyncio.CancelledError, BackendUnavailable):
             done = self.done + (0 if self._progress is None else self._progress.done)
-            say(f"{done:,} jobs {self._past}, or a few more. To go on with the rest: the same command again")
+            rest = "" if self.parsed.limit is None else f", with --limit {max(1, self.parsed.limit - done)}"
+            say(f"{counted(done, 'job')} {self._past}, or a few more. To go on: the same command again{rest}")
             raise
         for job_id in self.missing:
             say(f"no job {job_id!r} is dead here")
         if self.settings[JSON]:
             document({"jobs": self.done, "missing": self.missing})
         else:
-            print(f"{self.done:,} jobs {self._past}")
+            print(f"{counted(self.done, 'job')} {self._past}")
         return FAILED if self.missing else FINE
 
     async def _move(self, queue: str, letters: AsyncDeadLetters) -> None:

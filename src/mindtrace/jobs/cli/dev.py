@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import FrameType
@@ -42,7 +43,9 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
     """Start them, print how to export their URLs, and stop them at Ctrl-C or SIGTERM."""
     kinds = list(dict.fromkeys(parsed.brokers)) or list(_START)
     machine = Machine(environ={name: value for name, value in os.environ.items() if name not in _OTHERS})
-    before = signal.signal(signal.SIGTERM, _terminated)
+    # Both, since a shell has what it starts behind itself ignore SIGINT.
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminated}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     is_up = False
     try:
         with ExitStack() as stack:
@@ -60,8 +63,8 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
             sys.stdout.flush()
             is_up = True
             say("running until Ctrl-C; nothing of it is kept")
-            while True:
-                signal.pause()
+            while True:  # one that came just before a wait without end would be seen after it
+                time.sleep(1.0)
     except (KeyboardInterrupt, Stopped):
         if not is_up:
             raise
@@ -69,7 +72,8 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
     except BrokerUnavailable as error:
         raise NoBroker(str(error)) from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

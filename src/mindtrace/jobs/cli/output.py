@@ -44,6 +44,11 @@ def json_line(value: Any) -> None:
     print(json.dumps(value))
 
 
+def counted(count: int, what: str) -> str:
+    """`1 job`, `1,000 jobs`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def has_terminal(stream: TextIO) -> bool:
     """Whether somebody looks at it who can be shown a moving line."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"

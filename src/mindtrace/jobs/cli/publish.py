@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from mindtrace.jobs.cli.errors import FAILED, FINE, CommandError, UsageError, did_you_mean
 from mindtrace.jobs.cli.lines import Lines
-from mindtrace.jobs.cli.output import Progress, document, json_line, say
+from mindtrace.jobs.cli.output import Progress, counted, document, json_line, say
 from mindtrace.jobs.cli.parser import Parser, argument
 from mindtrace.jobs.cli.reach import Reach, on_broker, take_broker
 from mindtrace.jobs.cli.selection import instant
@@ -172,7 +172,8 @@ class _Stream:
         if self.failure is not None:
             self._say_how_to_resume()
             raise self.failure
-        say(f"{self.published:,} jobs published" + (f", {self.refused:,} lines refused" if self.refused else ""))
+        refused = f", {counted(self.refused, 'line')} refused" if self.refused else ""
+        say(f"{counted(self.published, 'job')} published{refused}")
         return FAILED if self.refused else FINE
 
     async def _publish(self, reach: Reach, batch: list[tuple[int, bytes]]) -> None:
@@ -230,10 +231,9 @@ class _Stream:
         return None if self.parsed.id is None else checked_job_id(f"{self.parsed.id}-{number}")
 
     def _say_how_to_resume(self) -> None:
-        say(
-            f"{self.published:,} jobs published, {self.refused:,} lines refused: lines 1 to {self.through:,} are done."
-            f" To go on: the same command and lines, with --skip {self.through}"
-        )
+        done = f"{counted(self.published, 'job')} published, {counted(self.refused, 'line')} refused"
+        say(f"{done}: lines 1 to {self.through:,} are done")
+        say(f"to go on: the same command and lines, with --skip {self.through}")
         if self._beyond:
             say(f"{self._beyond:,} of the lines after that are stored as well, and will be published a second time")
         if self.failure is not None and self.failure.outcome == "unknown":

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from mindtrace.jobs.backend import Depth, QueueSpec
-from mindtrace.jobs.cli.output import confirm, document, say, table
+from mindtrace.jobs.cli.output import confirm, counted, document, say, table
 from mindtrace.jobs.cli.parser import Parser
 from mindtrace.jobs.cli.reach import Reach, on_broker, take_broker
 from mindtrace.jobs.cli.settings import JSON, Settings
@@ -63,7 +63,7 @@ async def _clean(reach: Reach, parsed: argparse.Namespace, settings: Settings) -
     count = await reach.jobs.clean(parsed.name)
     if depth.scheduled is None:
         say(f"{reach.jobs.backend.traits.name} does not reach delayed jobs: they come at their time")
-    _done(settings, {"queue": parsed.name, "cancelled": count}, f"{count:,} jobs of {parsed.name} cancelled")
+    _done(settings, {"queue": parsed.name, "cancelled": count}, f"{counted(count, 'job')} of {parsed.name} cancelled")
     return 0
 
 
