@@ -5,10 +5,10 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib import metadata
 from typing import Final, Protocol
 
-from mindtrace.jobs.cli import bench, demo
+from mindtrace.jobs.cli import bench, config, dead, demo, dev, publish, queues, status, version
 from mindtrace.jobs.cli.errors import CommandError, Stopped, status_of
 from mindtrace.jobs.cli.output import say
 from mindtrace.jobs.cli.parser import Parser
@@ -32,7 +32,14 @@ class Command(Protocol):
 
 COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
     "demo": (demo, "publish a first job, see it fail once, be retried and succeed"),
+    "publish": (publish, "hand in one job, or one for each line of stdin"),
+    "status": (status, "count the jobs of each queue"),
+    "queues": (queues, "list queues, clean or delete one"),
+    "dead": (dead, "look at dead letters, put them back or forget them"),
     "bench": (bench, "measure how fast jobs go through a backend"),
+    "dev": (dev, "run a private Redis and a private RabbitMQ until Ctrl-C"),
+    "config": (config, "print each setting, and where it comes from"),
+    "version": (version, "print the versions of this and of what it stands on"),
 }
 
 
@@ -49,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parser.parse(arguments)
         settings = Settings.of_here(vars(parsed), parser.options())
+        settings.check(parsed.parser.options())
         command, _ = COMMANDS[parsed.command]
         status = command.run(parsed, settings)
         sys.stdout.flush()
@@ -69,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog=_PROGRAM, description="An asyncio-native job queue.")
-    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {version(_PROGRAM)}")
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {metadata.version(_PROGRAM)}")
     for name, (command, help) in COMMANDS.items():
         command.add(parser.command(name, help, dest="command"))
     return parser

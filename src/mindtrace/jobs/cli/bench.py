@@ -25,7 +25,9 @@ from pydantic import BaseModel
 from mindtrace.jobs.backend import Backend
 from mindtrace.jobs.backends import connect, shown
 from mindtrace.jobs.cli.errors import CommandError, UsageError
+from mindtrace.jobs.cli.output import Progress
 from mindtrace.jobs.cli.parser import Parser, argument
+from mindtrace.jobs.cli.running import run as run_until_signalled
 from mindtrace.jobs.cli.settings import JSON, URL, Settings, whole
 from mindtrace.jobs.clients import LocalClient
 from mindtrace.jobs.consumer import AnyConsumer, AsyncConsumer
@@ -45,6 +47,7 @@ _MOST_SAMPLES = 500
 _MOST_BLOCKING = 2000
 IDLE = 0.002  # seconds in which a worker goes back to waiting
 _MOST_BYTES = 1024**3
+_FIGURES, _BLOCKING_FIGURES = 4, 2  # beside one for each number of slots; and where the blocking face is measured
 
 
 class Payload(BaseModel):
@@ -142,10 +145,15 @@ class Plan:
 
 
 class Report:
-    """Facts and figures; printed as they come, unless they are wanted as one document."""
+    """Facts and figures; printed as they come, unless they are wanted as one document.
 
-    def __init__(self, *, prints: bool) -> None:
-        self._prints = prints
+    Args:
+        prints: as they come.
+        progress: moves on with each figure.
+    """
+
+    def __init__(self, *, prints: bool, progress: Progress) -> None:
+        self._prints, self._progress = prints, progress
         self._facts: dict[str, dict[str, Any]] = {}
         self._figures: list[Figure] = []
 
@@ -153,16 +161,19 @@ class Report:
         """Take down where this runs; the backend is open, and so knows its traits."""
         self._facts = {"machine": machine_facts(), "backend": _backend_facts(plan, backend), "plan": _plan_facts(plan)}
         if self._prints:
-            for name, facts in self._facts.items():
-                print(f"{name:<10}{', '.join(f'{what} {value}' for what, value in facts.items())}")
-            print(flush=True)
+            with self._progress.aside():
+                for name, facts in self._facts.items():
+                    print(f"{name:<10}{', '.join(f'{what} {value}' for what, value in facts.items())}")
+                print()
 
     def add(self, figure: Figure) -> None:
         """Take down a figure."""
         self._figures.append(figure)
         if self._prints:
             what, jobs, first, second = figure.cells()
-            print(f"{what:<28}{jobs:>9}{first:>18}{second:>18}", flush=True)
+            with self._progress.aside():
+                print(f"{what:<28}{jobs:>9}{first:>18}{second:>18}")
+        self._progress.add()
 
     def document(self) -> str:
         """All of it as JSON."""
@@ -192,10 +203,14 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
     plan = Plan(settings[URL], parsed.jobs, parsed.payload, slots)
     if plan.jobs * plan.payload > _MOST_BYTES:
         raise UsageError(f"-n {plan.jobs} --payload {plan.payload}: 1 GiB in all at the most")
-    report = Report(prints=not settings[JSON])
+    is_local = urlsplit(plan.url).scheme == "local"
+    total = _FIGURES + len(slots) + (_BLOCKING_FIGURES if is_local else 0)
     try:
-        asyncio.run(_measure(connect(plan.url), plan, report))
-        _measure_blocking(plan, report)
+        with Progress("measured", total, unit="figures") as progress:
+            report = Report(prints=not settings[JSON], progress=progress)
+            run_until_signalled(_measure(connect(plan.url), plan, report))
+            if is_local:
+                _measure_blocking(plan, report)
     except TimeoutError as error:
         raise CommandError(f"the next figure took over {_STUCK:.0f} s and was given up") from error
     if settings[JSON]:
@@ -346,8 +361,6 @@ async def idle_latency(jobs: AsyncOrchestrator, queue: str, job: JobOf, count: i
 
 
 def _measure_blocking(plan: Plan, report: Report) -> None:
-    if urlsplit(plan.url).scheme != "local":
-        return
     client, name, data = LocalClient(), _new_name(), Payload.of_size(plan.payload).data
     jobs, consumer = Orchestrator(client), _BlockingNothing(name)
     consumer.connect(jobs)

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
+from mindtrace.jobs.cli.errors import CommandError, UsageError
+from mindtrace.jobs.cli.lines import Lines
 from mindtrace.jobs.delivery import escaped
 
-_LOGIN: Final = re.compile(r"(?<=://)[^\s@/'\"]*@")
+_LOGIN: Final = re.compile(r"(?<=://)[^\s'\"]*@")  # up to the last @: a password may have one
 _BAR = 24  # characters
 _DRAW_EVERY, _LINE_EVERY, _QUIET = 0.1, 5.0, 1.0
 _LOOK_EVERY = 0.1
@@ -40,6 +42,11 @@ def document(value: Any) -> None:
 def json_line(value: Any) -> None:
     """One of many results, as a line of JSON."""
     print(json.dumps(value))
+
+
+def counted(count: int, what: str) -> str:
+    """`1 job`, `1,000 jobs`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def has_terminal(stream: TextIO) -> bool:
@@ -193,24 +200,28 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def confirm(what: str, name: str, *, is_sure: bool) -> bool:
-    """Whether it may be destroyed: with `--yes`, or by whoever types its name at the terminal.
+async def confirm(what: str, name: str, *, is_sure: bool) -> None:
+    """Nothing, if it may be destroyed: with `--yes`, or by whoever types its name at the terminal.
 
     Args:
         what: is going to happen, as a sentence.
         name: to be typed.
         is_sure: `--yes` was given.
+
+    Raises:
+        UsageError: nobody can be asked.
+        CommandError: another name was typed.
     """
     if is_sure:
-        return True
+        return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        say(f"{what} Say --yes, since nobody can be asked here.")
-        return False
+        raise UsageError(f"{what} Nobody can be asked here: say --yes; nothing was done")
     say(f"{what} Type {name} to go on:")
-    if sys.stdin.readline().strip() == name:
-        return True
-    say("That is not its name: nothing was done.")
-    return False
+    async for typed in Lines(sys.stdin.fileno()).batches():
+        if typed[0][1].decode("utf-8", "replace").strip() == name:
+            return
+        break
+    raise CommandError(f"that is not {name}: nothing was done")
 
 
 @contextmanager
@@ -230,4 +241,6 @@ def logging_to_stderr(verbosity: int) -> Generator[None]:
 
 class _ToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.ERROR and record.name.startswith("mindtrace.jobs.backends."):
+            return  # it is raised as well, and told as what ends the command
         say(self.format(record).replace("WARNING", "warning:", 1).replace("INFO ", "", 1))

@@ -7,7 +7,7 @@ that something is destroyed is no `Option` but a plain argument: a variable some
 
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -245,6 +245,11 @@ class Settings:
         """Whether nobody said anything."""
         return self.source(option) == "default"
 
+    def check(self, options: Iterable[Option[Any]]) -> None:
+        """Look these up, so that what is wrong with one is said before anything is done."""
+        for option in options:
+            self._look_up(option)
+
     def check_project(self) -> None:
         """Nothing, if every key of the table is an option.
 
@@ -286,7 +291,8 @@ class Settings:
             text = self._environ.get(variable)
             if text:
                 return [part.strip() for part in text.split(",")] if option.kind == "many" else [text], variable
-        self.check_project()
+        if self.known:
+            self.check_project()
         value = self._project.table.get(option.name)
         if value is None:
             return None, "default"
