@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from mindtrace.jobs import AsyncOrchestrator, Event, Health, QueueSpec, Reconnected, RedisBackend, Worker
+from mindtrace.jobs import AsyncOrchestrator, Event, Health, QueueSpec, Reconnected, RedisBackend, Worker, connect
 from mindtrace.jobs.guard import LoopGuard
 from mindtrace.jobs.health import Pulse
-from mindtrace.jobs.testing import brokers
+from mindtrace.jobs.testing.proxy import Amqp, FaultProxy, Resp
 
 pytestmark = [pytest.mark.anyio]
 
@@ -123,30 +123,42 @@ async def test_a_listener_that_holds_the_receive_loop_shows(
     await until(lambda: worker.health().idle_for == 0)
 
 
-@pytest.mark.redis
+@pytest.mark.parametrize(
+    ("kind", "wire"),
+    [
+        pytest.param("redis", Resp, marks=pytest.mark.redis),
+        pytest.param("rabbitmq", Amqp, marks=pytest.mark.rabbitmq),
+    ],
+)
 async def test_through_an_outage_a_worker_is_alive_and_not_ready_and_tells_when_it_is_over(
-    consumer: Make, start: Start, caplog: pytest.LogCaptureFixture
+    consumer: Make, start: Start, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest, kind: str, wire: Any
 ) -> None:
     caplog.set_level(logging.INFO)
-    with brokers.redis() as broker:
-        async with AsyncOrchestrator(RedisBackend.from_url(broker.url)) as orchestrator:
-            told: list[Event] = []
-            worker = Worker(orchestrator, [consumer(nothing)], poll_timeout=0.1, listeners=[fails, told.append])
-            start(worker)
+    url = request.getfixturevalue(f"{kind}_url")
+    told: list[Event] = []
+    async with FaultProxy.to(url, wire=wire) as proxy:
+        backend = connect(proxy.url(url))
+        async with AsyncOrchestrator(backend) as orchestrator:
+            worker = Worker(
+                orchestrator, [consumer(nothing, "outage")], poll_timeout=0.1, listeners=[fails, told.append]
+            )
+            running = start(worker)
             await until(lambda: worker.health().ready)
-            broker.kill()
-            await until(lambda: not worker.health().ready)
+            proxy.refuse()
+            proxy.reset()
+            await until(lambda: not worker.health().ready, 15)
             assert worker.health().healthy
             assert worker.health().idle_for < 2  # it turns, though nobody answers
-            await asyncio.to_thread(broker.restart)
-            await until(lambda: worker.health().ready)
-            await until(lambda: told)
+            proxy.accept()
+            await until(lambda: worker.health().ready and told, 15)
             worker.stop()
+            assert await running == 0
+            await orchestrator.delete("outage")
     [back] = told
     assert isinstance(back, Reconnected)
-    assert (back.backend, 2 < back.seconds < 60) == ("redis", True)
+    assert (back.backend, 0 < back.seconds < 30) == (kind, True)
     said = [record.getMessage() for record in caplog.records]
-    assert any("redis is there again, after" in line for line in said)
+    assert any(f"{kind} is there again, after" in line for line in said)
     assert any("a listener failed on Reconnected" in line for line in said)
 
 
@@ -173,10 +185,10 @@ async def test_a_worker_whose_leases_nobody_keeps_is_not_alive(consumer: Make, s
 class Beside:
     """Looks from a thread at what a loop that stands still cannot show, and lets it go on."""
 
-    def __init__(self, look: Callable[[], Any], wanted: Callable[[Any], bool]) -> None:
+    def __init__(self, look: Callable[[], Any], wanted: Callable[[Any], bool], within: float = 10) -> None:
         self.seen: Any = None
         self.released = threading.Event()
-        self._look, self._wanted = look, wanted
+        self._look, self._wanted, self._within = look, wanted, within
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> "Beside":
@@ -187,8 +199,8 @@ class Beside:
         self._thread.join()
 
     def _run(self) -> None:
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
+        end = time.monotonic() + self._within
+        while time.monotonic() < end:
             self.seen = self._look()
             if self._wanted(self.seen):
                 break
@@ -258,6 +270,33 @@ async def test_a_loop_that_stands_for_too_long_counts_as_dead_and_says_when_it_t
     assert "counts as dead" in levels[1][1]
     assert "turns again" in levels[2][1]
     assert not guards()
+
+
+@pytest.mark.chaos
+@pytest.mark.local
+async def test_a_worker_whose_loop_stands_for_twenty_seconds_is_dead_until_it_turns_again(
+    orchestrator: AsyncOrchestrator, publish: Publish, consumer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[tuple[float, bool, bool]] = []
+
+    def look() -> bool:
+        health = worker.health()
+        seen.append((health.lag, health.healthy, health.ready))
+        return health.lag > 20.5
+
+    async def act(_: Any) -> None:
+        with Beside(look, bool, within=30) as beside:
+            beside.released.wait(30)
+
+    await publish(1)
+    worker = Worker(orchestrator, [consumer(act)])
+    async with worker:
+        await until(lambda: worker.handled)
+        await until(lambda: worker.health().ready)
+    assert all(healthy is ready is (lag <= 20) for lag, healthy, ready in seen)
+    assert {healthy for _, healthy, _ in seen} == {True, False}
+    said = [record.levelname for record in caplog.records if "stands still" in record.getMessage()]
+    assert said == ["WARNING", "ERROR"]
 
 
 @pytest.mark.local
