@@ -50,11 +50,21 @@ from mindtrace.jobs.errors import (
     UnsafeBackend,
     WouldDeadlock,
 )
-from mindtrace.jobs.events import Event, JobPublished, JobSettled, JobStarted, Listener
+from mindtrace.jobs.events import (
+    Event,
+    JobLeaseLost,
+    JobPublished,
+    JobSettled,
+    JobStarted,
+    Listener,
+    Reconnected,
+    SchemaMismatch,
+)
 from mindtrace.jobs.health import Health
 from mindtrace.jobs.job import ExecutionStatus, Job, JobId, JobSchema, job_from_schema
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.retry import RetryPolicy
+from mindtrace.jobs.running import RunningJob
 from mindtrace.jobs.sync import (
     Consumer,
     ConsumerBackendBase,
@@ -101,6 +111,7 @@ __all__ = [
     "InputInvalid",
     "Job",
     "JobId",
+    "JobLeaseLost",
     "JobNotFound",
     "JobPublished",
     "JobSchema",
@@ -127,6 +138,7 @@ __all__ = [
     "RabbitMQClient",
     "RabbitMQConsumerBackend",
     "Receiver",
+    "Reconnected",
     "RedisBackend",
     "RedisClient",
     "RedisConsumerBackend",
@@ -139,6 +151,8 @@ __all__ = [
     "RunError",
     "RunFailed",
     "RunTimeout",
+    "RunningJob",
+    "SchemaMismatch",
     "Settlement",
     "Snooze",
     "Traits",

@@ -19,8 +19,8 @@ from pydantic_core import from_json
 from mindtrace.jobs.child import LARGEST, SIGNALS, Unwritable, packed
 from mindtrace.jobs.consumer import AnyConsumer, CurrentJob, enter_job, main_file
 from mindtrace.jobs.errors import Refused, RetryLater, RunFailed, Snooze
+from mindtrace.jobs.memory import resident
 
-_MIB = 1024 * 1024
 _BOOT = "import sys; sys.path[:] = sys.argv[2:]; from mindtrace.jobs.child import main; main(int(sys.argv[1]))"
 
 
@@ -112,8 +112,8 @@ class Child(asyncio.Protocol):
 
     def holds(self) -> int:
         """MiB of memory; 0 if it is gone."""
-        with suppress(OSError, ValueError, IndexError), open(f"/proc/{self.process.pid}/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // _MIB
+        with suppress(OSError, IndexError):
+            return int(resident(self.process.pid))
         return 0
 
     def is_too_large(self) -> bool:

@@ -1,18 +1,26 @@
-"""How much memory this process holds."""
+"""How much memory a process holds."""
 
 import os
 import sys
 
-_STATM = "/proc/self/statm"
 _MIB = 1024 * 1024
 
 
-def resident() -> float:
-    """MiB of this process that are in memory now; where the system does not tell, the most that ever were."""
+def resident(process: int | None = None) -> float:
+    """MiB of a process that are in memory now.
+
+    Args:
+        process: its id; None for this process, of which, where the system does not tell, it is the most that ever were.
+
+    Raises:
+        OSError: that process is gone, or the system does not tell of others.
+    """
     try:
-        with open(_STATM, "rb") as statm:
+        with open(f"/proc/{'self' if process is None else process}/statm", "rb") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / _MIB
     except OSError:
+        if process is not None:
+            raise
         import resource  # not on Windows
 
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

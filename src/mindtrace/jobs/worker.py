@@ -20,6 +20,7 @@ from mindtrace.jobs.backend import Receiver
 from mindtrace.jobs.consumer import AnyConsumer
 from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Closed, ConfigError, RunAborted
 from mindtrace.jobs.events import Listener
+from mindtrace.jobs.guard import LoopGuard
 from mindtrace.jobs.health import Health
 from mindtrace.jobs.options import WorkerOptions
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
@@ -27,6 +28,7 @@ from mindtrace.jobs.processes import Processes
 from mindtrace.jobs.pump import LONGEST_PAUSE, Pump
 from mindtrace.jobs.retry import RetryPolicy
 from mindtrace.jobs.routes import Routes, queue_of
+from mindtrace.jobs.running import RunningJob, running_jobs
 from mindtrace.jobs.threads import BlockingRuns, ThreadPool
 
 _log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class Worker:
         until_idle: stop once nothing is ready.
         poll_timeout: the longest single wait for a job, in seconds; a job that comes meanwhile ends it at once.
         unknown_ttl: seconds after which a job whose schema nobody knows is dead.
-        listeners: told of each start and settlement.
+        listeners: told of each start and settlement, and of lost leases, unknown schemas and reconnections.
         name: of this worker, in records and logs.
         random: the source of the jitter.
         threads: where blocking runs are executed; daemon threads of its own, `concurrency` of them, unless given.
@@ -125,6 +127,7 @@ class Worker:
         self._ready, self._stop_asked = asyncio.Event(), asyncio.Event()
         self._main: asyncio.Task[Any] | None = None
         self._cancels = 0  # that its task had swallowed before
+        self._guard: LoopGuard | None = None
         self._group: asyncio.TaskGroup | None = None
         self._embedded: asyncio.Task[None] | None = None
         self._assemble()
@@ -145,6 +148,7 @@ class Worker:
         self._ahead = Ahead(options.ahead if can_wait else 0)
         self._pump = Pump(
             self.name,
+            orchestrator.backend.traits.name,
             options,
             self._routes,
             threads=self._runs_in,
@@ -312,15 +316,27 @@ class Worker:
         self._stop_asked.set()
 
     def health(self) -> Health:
-        """How the worker is, at this moment."""
-        pump = self._pump
+        """How the worker is, at this moment. From any thread, also while its event loop stands still."""
+        pump, guard = self._pump, self._guard
+        receiver = pump.receiver
         return Health(
             connected=pump.pulse.connected,
             idle_for=pump.pulse.idle_for,
+            lag=0.0 if guard is None else guard.lag,
             running=len(pump.runs),
             stuck=pump.runs.stuck,
             draining=pump.stopping is not None,
+            keeping=receiver is None or pump.pulse.is_kept(receiver.keeper_idle_for()),
+            slots=self._options.concurrency,
         )
+
+    def running(self) -> list[RunningJob]:
+        """What it runs at this moment and where in the code that is, the oldest first. From any thread.
+
+        For whoever looks into a worker that is alive and does not get on; also from a signal handler.
+        """
+        guard = self._guard
+        return [] if guard is None else running_jobs(self._pump.runs.in_flight(), guard.loop, guard.loop_thread)
 
     async def work(self) -> None:
         """As `run`, without signals.
@@ -332,6 +348,8 @@ class Worker:
             raise Closed("a worker runs once: make a new one")
         self._main = asyncio.current_task()
         self._cancels = self._main.cancelling() if self._main is not None else 0
+        self._guard = guard = LoopGuard(self.name, self._pump.runs.in_flight)
+        guard.start()
         try:
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self._processes.aclose)
@@ -343,6 +361,9 @@ class Worker:
                 self._ready.set()
                 await self._pump.run(receiver)
         finally:
+            guard.stop()
+            self._guard = None
+            self._pump.pulse.ended()
             if self._threads is None:
                 self._runs_in.close()
         if self._fatal is not None:
@@ -352,6 +373,7 @@ class Worker:
         """Find or declare the queues, and receive from them; waits for a broker that is not there. None: stopped."""
         options = self._options
         while True:
+            self._pump.pulse.waits(options.lease)  # as long as for any answer
             try:
                 await self._routes.lay()
                 return await stack.enter_async_context(
@@ -361,7 +383,7 @@ class Worker:
                         lease=options.lease,
                         crash_limit=self._routes.crash_limit,
                         strict=options.strict,
-                        lost=self._pump.runs.lose,
+                        lost=self._pump.lose,
                     )
                 )
             except AuthenticationFailed:
@@ -377,7 +399,7 @@ class Worker:
                 except BackendUnavailable as still:
                     error = still
                 self._pump.pulse.failed()
-                _log.warning("worker %s: %s; trying on", self.name, error)
+                _log.warning("worker %s: %s; trying on", self.name, error, extra={"worker": self.name})
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._random.uniform(0.1, LONGEST_PAUSE)):
                     await self._stop_asked.wait()
@@ -395,10 +417,10 @@ class Worker:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._pump.stopping is None:
-            _log.info("worker %s: %s, draining", self.name, number.name)
+            _log.info("worker %s: %s, draining", self.name, number.name, extra={"worker": self.name})
             self.stop()
         elif not self._cancelling:
-            _log.info("worker %s: %s again, cancelling", self.name, number.name)
+            _log.info("worker %s: %s again, cancelling", self.name, number.name, extra={"worker": self.name})
             self.stop(now=True)
         else:
             asyncio.get_running_loop().remove_signal_handler(number)
@@ -417,7 +439,8 @@ class Worker:
         longest = self._options.longest
         timeout = "no timeout" if longest == math.inf else f"timeout {longest:g} s"
         queues = ", ".join(self._routes.queues)
-        _log.info("worker %s: queues %s, concurrency %d, %s", self.name, queues, self.concurrency, timeout)
+        extra = {"worker": self.name}
+        _log.info("worker %s: queues %s, concurrency %d, %s", self.name, queues, self.concurrency, timeout, extra=extra)
         traits = self.orchestrator.backend.traits
         if traits.run_limit is not None and self._routes.longest > traits.run_limit - _NEAR:
             _log.warning(
@@ -426,4 +449,5 @@ class Worker:
                 self.name,
                 traits.name,
                 traits.run_limit / 60,
+                extra=extra,
             )
