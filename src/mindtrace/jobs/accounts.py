@@ -27,7 +27,8 @@ class Accounts:
         """Deliveries that were settled, and not handed back."""
         self._worker, self._listeners = worker, listeners
         self._of_worker = {"worker": worker}
-        self._news: deque[Event] = deque()  # of what is learned where nobody can wait for a listener
+        self.news: deque[Event] = deque()
+        """What was learned where nobody can wait for a listener, and is still to be told."""
 
     def lost(self, run: Run) -> None:
         """Its lease is gone, while it runs."""
@@ -47,8 +48,8 @@ class Accounts:
 
     async def tell(self) -> None:
         """What was noted since the last time, in order."""
-        while self._news:
-            await told(self._listeners, self._news.popleft())
+        while self.news:
+            await told(self._listeners, self.news.popleft())
 
     async def settled(self, finished: Sequence[Finished], answers: Sequence[Settled]) -> None:
         """Deliveries have ended; `answers` says what the broker made of it."""
@@ -62,7 +63,8 @@ class Accounts:
                 if isinstance(answer, LeaseLost):
                     self._note(JobLeaseLost(delivery.queue, delivery.message.id, end.schema_name, delivery.attempt))
             if self._listeners:
-                await self.tell()
+                if self.news:
+                    await self.tell()
                 event = JobSettled(
                     delivery.queue,
                     delivery.message.id,
@@ -77,7 +79,7 @@ class Accounts:
 
     def _note(self, event: Event) -> None:
         if self._listeners:
-            self._news.append(event)
+            self.news.append(event)
 
 
 def _status(settlement: Settlement) -> ExecutionStatus:

@@ -132,7 +132,8 @@ class Pump:
         failures = 0
         options = self._options
         while True:
-            await self.accounts.tell()
+            if self.accounts.news:
+                await self.accounts.tell()
             finished, self.runs.finished = self.runs.finished, []
             if self.stopping is None and self._is_spent():
                 self._drain()
