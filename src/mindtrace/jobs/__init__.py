@@ -53,6 +53,7 @@ from mindtrace.jobs.health import Health
 from mindtrace.jobs.job import ExecutionStatus, Job, JobId, JobSchema, job_from_schema
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.retry import RetryPolicy
+from mindtrace.jobs.running import RunningJob
 from mindtrace.jobs.sync import (
     Consumer,
     ConsumerBackendBase,
@@ -135,6 +136,7 @@ __all__ = [
     "RetryPolicy",
     "RunError",
     "RunTimeout",
+    "RunningJob",
     "Settlement",
     "Snooze",
     "Traits",

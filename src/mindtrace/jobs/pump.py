@@ -81,21 +81,23 @@ class Pump:
         """When the drain is over, on the monotonic clock; None while it takes jobs."""
         self._worker, self._options, self._random = worker, options, random
         self._routes, self._ahead = routes, ahead
-        self._receiver: Receiver | None = None
+        self.receiver: Receiver | None = None
+        """While it runs."""
         self._patience: asyncio.TimerHandle | None = None
         self._taken = 0
         self._began = self._weighed = time.monotonic()
 
     async def run(self, receiver: Receiver) -> None:
         """Until told to stop; then end what runs and settle it."""
-        self._receiver, self._began = receiver, time.monotonic()
+        self.receiver, self._began = receiver, time.monotonic()
         try:
             try:
                 await self._turn(receiver)
             finally:
                 await self._wind_up(receiver)
         finally:
-            self._receiver = None
+            self.receiver = None
+            self.pulse.ended()
 
     def stop(self, drain: float) -> None:
         """Take no more, and let what runs end within so many seconds."""
@@ -105,8 +107,8 @@ class Pump:
 
     def nudge(self) -> None:
         """There is something to settle, or a slot is free: have the wait for jobs end."""
-        if self._receiver is not None:
-            self._receiver.nudge()
+        if self.receiver is not None:
+            self.receiver.nudge()
 
     # --- one turn after the other
 
@@ -126,7 +128,7 @@ class Pump:
             if options.until_idle and not self.runs:
                 wait = 0.0
             room = self._room()
-            self.pulse.asks(settles=bool(finished))
+            self.pulse.asks(bool(finished), wait)
             try:
                 exchanged = await receiver.exchange([(f.delivery, f.settlement) for f in finished], room, wait=wait)
             except AuthenticationFailed:
@@ -224,7 +226,7 @@ class Pump:
         except (Refused, UnknownSchema) as error:
             self.runs.refuse(delivery, error)
             return None
-        return Run(delivery, route, envelope)
+        return Run(delivery, route, envelope, self._worker)
 
     async def _settle_first(self, receiver: Receiver, first: list[Finished]) -> frozenset[Delivery]:
         """Settle before anything is run. Returns those for which that failed: they are not to be run."""
@@ -271,6 +273,7 @@ class Pump:
 
     async def _wind_up(self, receiver: Receiver) -> None:
         """End what runs and settle what ended: the one duty that a shutdown may not interrupt, so it has a bound."""
+        self.pulse.waits(self._options.cancel_grace + _SETTLE_TIMEOUT)
         try:
             await self.runs.wind_up()
         finally:

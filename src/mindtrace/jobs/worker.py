@@ -20,12 +20,14 @@ from mindtrace.jobs.backend import Receiver
 from mindtrace.jobs.consumer import AnyConsumer
 from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Closed, ConfigError, RunAborted
 from mindtrace.jobs.events import Listener
+from mindtrace.jobs.guard import LoopGuard
 from mindtrace.jobs.health import Health
 from mindtrace.jobs.options import WorkerOptions
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.pump import LONGEST_PAUSE, Pump
 from mindtrace.jobs.retry import RetryPolicy
 from mindtrace.jobs.routes import Routes, queue_of
+from mindtrace.jobs.running import RunningJob, running_jobs
 from mindtrace.jobs.threads import BlockingRuns, ThreadPool
 
 _log = logging.getLogger(__name__)
@@ -120,6 +122,7 @@ class Worker:
         self._ready, self._stop_asked = asyncio.Event(), asyncio.Event()
         self._main: asyncio.Task[Any] | None = None
         self._cancels = 0  # that its task had swallowed before
+        self._guard: LoopGuard | None = None
         self._group: asyncio.TaskGroup | None = None
         self._embedded: asyncio.Task[None] | None = None
         self._assemble()
@@ -301,15 +304,27 @@ class Worker:
         self._stop_asked.set()
 
     def health(self) -> Health:
-        """How the worker is, at this moment."""
-        pump = self._pump
+        """How the worker is, at this moment. From any thread, also while its event loop stands still."""
+        pump, guard = self._pump, self._guard
+        receiver = pump.receiver
         return Health(
             connected=pump.pulse.connected,
             idle_for=pump.pulse.idle_for,
+            lag=0.0 if guard is None else guard.lag,
             running=len(pump.runs),
             stuck=pump.runs.stuck,
             draining=pump.stopping is not None,
+            keeping=receiver is None or pump.pulse.is_kept(receiver.keeper_idle_for()),
+            slots=self._options.concurrency,
         )
+
+    def running(self) -> list[RunningJob]:
+        """What it runs at this moment and where in the code that is, the oldest first. From any thread.
+
+        For whoever looks into a worker that is alive and does not get on; also from a signal handler.
+        """
+        guard = self._guard
+        return [] if guard is None else running_jobs(self._pump.runs.in_flight(), guard.loop, guard.loop_thread)
 
     async def work(self) -> None:
         """As `run`, without signals.
@@ -321,6 +336,8 @@ class Worker:
             raise Closed("a worker runs once: make a new one")
         self._main = asyncio.current_task()
         self._cancels = self._main.cancelling() if self._main is not None else 0
+        self._guard = guard = LoopGuard(self.name, self._pump.runs.in_flight)
+        guard.start()
         try:
             async with AsyncExitStack() as stack:
                 receiver = await self._arrive(stack)
@@ -330,6 +347,9 @@ class Worker:
                 self._ready.set()
                 await self._pump.run(receiver)
         finally:
+            guard.stop()
+            self._guard = None
+            self._pump.pulse.ended()
             if self._threads is None:
                 self._runs_in.close()
         if self._fatal is not None:
@@ -339,6 +359,7 @@ class Worker:
         """Find or declare the queues, and receive from them; waits for a broker that is not there. None: stopped."""
         options = self._options
         while True:
+            self._pump.pulse.waits(options.lease)  # as long as for any answer
             try:
                 await self._routes.lay()
                 return await stack.enter_async_context(
