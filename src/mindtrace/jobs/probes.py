@@ -163,9 +163,7 @@ class Probes:
             sent = visit.socket.send(visit.answer)
         visit.answer = visit.answer[sent:]
         visit.answered = not visit.answer
-        self._selector.modify(
-            visit.socket, selectors.EVENT_READ if visit.answered else selectors.EVENT_WRITE, visit
-        )
+        self._selector.modify(visit.socket, selectors.EVENT_READ if visit.answered else selectors.EVENT_WRITE, visit)
         if visit.answered:  # and it is closed once the other end is: closed with unread data it would reset the answer
             visit.socket.shutdown(socket.SHUT_WR)
 

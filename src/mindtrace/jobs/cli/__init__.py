@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Final, Protocol
 
-from mindtrace.jobs.cli import bench, demo
+from mindtrace.jobs.cli import bench, demo, worker
 from mindtrace.jobs.cli.errors import CommandError, Stopped, status_of
 from mindtrace.jobs.cli.output import say
 from mindtrace.jobs.cli.parser import Parser
@@ -32,6 +32,7 @@ class Command(Protocol):
 
 COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
     "demo": (demo, "publish a first job, see it fail once, be retried and succeed"),
+    "worker": (worker, "run an application's consumers until told to stop"),
     "bench": (bench, "measure how fast jobs go through a backend"),
 }
 
