@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mindtrace.jobs import AsyncOrchestrator, Health, QueueSpec, RedisBackend, Worker
+from mindtrace.jobs import AsyncOrchestrator, Event, Health, QueueSpec, Reconnected, RedisBackend, Worker
 from mindtrace.jobs.guard import LoopGuard
 from mindtrace.jobs.health import Pulse
 from mindtrace.jobs.testing import brokers
@@ -31,6 +31,10 @@ async def until(condition: Callable[[], Any], within: float = 10) -> None:
     async with asyncio.timeout(within):
         while not condition():  # noqa: ASYNC110 (health tells nobody)
             await asyncio.sleep(0.01)
+
+
+def fails(_: Any) -> None:
+    raise ValueError("of the listener")
 
 
 def guards() -> list[threading.Thread]:
@@ -120,10 +124,14 @@ async def test_a_listener_that_holds_the_receive_loop_shows(
 
 
 @pytest.mark.redis
-async def test_through_an_outage_a_worker_is_alive_and_not_ready(consumer: Make, start: Start) -> None:
+async def test_through_an_outage_a_worker_is_alive_and_not_ready_and_tells_when_it_is_over(
+    consumer: Make, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     with brokers.redis() as broker:
         async with AsyncOrchestrator(RedisBackend.from_url(broker.url)) as orchestrator:
-            worker = Worker(orchestrator, [consumer(nothing)], poll_timeout=0.1)
+            told: list[Event] = []
+            worker = Worker(orchestrator, [consumer(nothing)], poll_timeout=0.1, listeners=[fails, told.append])
             start(worker)
             await until(lambda: worker.health().ready)
             broker.kill()
@@ -132,7 +140,14 @@ async def test_through_an_outage_a_worker_is_alive_and_not_ready(consumer: Make,
             assert worker.health().idle_for < 2  # it turns, though nobody answers
             await asyncio.to_thread(broker.restart)
             await until(lambda: worker.health().ready)
+            await until(lambda: told)
             worker.stop()
+    [back] = told
+    assert isinstance(back, Reconnected)
+    assert (back.backend, 2 < back.seconds < 60) == ("redis", True)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("redis is there again, after" in line for line in said)
+    assert any("a listener failed on Reconnected" in line for line in said)
 
 
 # A thread that ends so is complained of, which is what this test wants.

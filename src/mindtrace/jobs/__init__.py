@@ -48,7 +48,16 @@ from mindtrace.jobs.errors import (
     UnsafeBackend,
     WouldDeadlock,
 )
-from mindtrace.jobs.events import Event, JobPublished, JobSettled, JobStarted, Listener
+from mindtrace.jobs.events import (
+    Event,
+    JobLeaseLost,
+    JobPublished,
+    JobSettled,
+    JobStarted,
+    Listener,
+    Reconnected,
+    SchemaMismatch,
+)
 from mindtrace.jobs.health import Health
 from mindtrace.jobs.job import ExecutionStatus, Job, JobId, JobSchema, job_from_schema
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
@@ -100,6 +109,7 @@ __all__ = [
     "InputInvalid",
     "Job",
     "JobId",
+    "JobLeaseLost",
     "JobNotFound",
     "JobPublished",
     "JobSchema",
@@ -126,6 +136,7 @@ __all__ = [
     "RabbitMQClient",
     "RabbitMQConsumerBackend",
     "Receiver",
+    "Reconnected",
     "RedisBackend",
     "RedisClient",
     "RedisConsumerBackend",
@@ -137,6 +148,7 @@ __all__ = [
     "RunError",
     "RunTimeout",
     "RunningJob",
+    "SchemaMismatch",
     "Settlement",
     "Snooze",
     "Traits",

@@ -62,6 +62,11 @@ def current_job() -> CurrentJob:
         raise LookupError("current_job() outside a job: it is known only inside run() or handle()") from None
 
 
+def job_here() -> CurrentJob | None:
+    """The job being run here, if any."""
+    return _current.get(None)
+
+
 def enter_job(job: CurrentJob) -> None:
     """Make it the current one of the running context."""
     _current.set(job)

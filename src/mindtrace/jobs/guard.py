@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from mindtrace.jobs.health import LONGEST_LAG
 from mindtrace.jobs.running import stack_of_thread
@@ -38,6 +39,7 @@ class LoopGuard:
         self._worker, self._in_flight, self._longest = worker, in_flight, longest
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.loop_thread: int = threading.get_ident()
+        self._extra: dict[str, Any] = {"worker": worker}
         self._asked: float | None = None  # since when a turn is waited for; set by the thread, taken back by the loop
         self._last = 0.0
         self._said = 0  # of this incident: 1 that it stands, 2 that it is dead
@@ -55,7 +57,7 @@ class LoopGuard:
         try:
             self._thread.start()
         except RuntimeError as error:  # no more threads: work goes on, unwatched
-            _log.warning("worker %s: nobody watches its loop: %s", self._worker, error)
+            _log.warning("worker %s: nobody watches its loop: %s", self._worker, error, extra=self._extra)
 
     def stop(self) -> None:
         """End the thread. From the loop."""
@@ -82,7 +84,12 @@ class LoopGuard:
             self._say_who(lag)
         if lag > self._longest and self._said == 1:
             self._said = 2
-            _log.error("worker %s: the event loop stands still for %.0f s: it counts as dead", self._worker, lag)
+            _log.error(
+                "worker %s: the event loop stands still for %.0f s: it counts as dead",
+                self._worker,
+                lag,
+                extra=self._extra,
+            )
 
     def _turned(self) -> None:
         """From the loop."""
@@ -93,7 +100,7 @@ class LoopGuard:
         said, self._said, self._asked = self._said, 0, None
         if lag > LAGS and not self._over.is_set():
             level = logging.WARNING if said != 1 else logging.INFO  # 0: it was over before anyone could look
-            _log.log(level, "worker %s: the event loop turns again, after %.1f s", self._worker, lag)
+            _log.log(level, "worker %s: the event loop turns again, after %.1f s", self._worker, lag, extra=self._extra)
 
     def _say_who(self, lag: float) -> None:
         runs = self._in_flight()
@@ -108,7 +115,7 @@ class LoopGuard:
             ids = [str(run.job.id) for run in runs]
             more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
             who = f"jobs {', '.join(ids[:_NAMED])}{more} run" if ids else "no job runs"
-            extra = {"worker": self._worker}
+            extra = self._extra
         _log.warning(
             "worker %s: the event loop stands still for %.1f s; %s:\n  %s", self._worker, lag, who, stack, extra=extra
         )

@@ -9,7 +9,7 @@ from random import Random
 
 from mindtrace.jobs.accounts import Accounts
 from mindtrace.jobs.ahead import LONG, Ahead
-from mindtrace.jobs.backend import Receiver
+from mindtrace.jobs.backend import NO_OUTAGES, Receiver
 from mindtrace.jobs.delivery import Delivery, Done, Release
 from mindtrace.jobs.errors import (
     AuthenticationFailed,
@@ -42,6 +42,7 @@ class Pump:
 
     Args:
         worker: its name.
+        backend: the name of the one it receives from.
         options: what it is told.
         routes: who runs what.
         threads: where blocking runs are executed.
@@ -54,6 +55,7 @@ class Pump:
     def __init__(
         self,
         worker: str,
+        backend: str,
         options: WorkerOptions,
         routes: Routes,
         *,
@@ -84,12 +86,15 @@ class Pump:
         self.receiver: Receiver | None = None
         """While it runs."""
         self._patience: asyncio.TimerHandle | None = None
+        self._extra = {"worker": worker}
         self._taken = 0
+        self._backend, self._outages = backend, NO_OUTAGES
         self._began = self._weighed = time.monotonic()
 
     async def run(self, receiver: Receiver) -> None:
         """Until told to stop; then end what runs and settle it."""
         self.receiver, self._began = receiver, time.monotonic()
+        self._outages = receiver.outages()
         try:
             try:
                 await self._turn(receiver)
@@ -105,6 +110,13 @@ class Pump:
         self._hand_back_waiting()
         self.nudge()
 
+    def lose(self, delivery: Delivery) -> None:
+        """Its lease is gone."""
+        run = self.runs.lose(delivery)
+        if run is not None:
+            self.accounts.lost(run)
+            self.nudge()
+
     def nudge(self) -> None:
         """There is something to settle, or a slot is free: have the wait for jobs end."""
         if self.receiver is not None:
@@ -116,6 +128,7 @@ class Pump:
         failures = 0
         options = self._options
         while True:
+            await self.accounts.tell()
             finished, self.runs.finished = self.runs.finished, []
             if self.stopping is None and self._is_spent():
                 self._drain()
@@ -136,11 +149,12 @@ class Pump:
             except BackendUnavailable as error:
                 failures += 1
                 self.pulse.failed()
-                _log.warning("worker %s: %s", self._worker, error)
+                _log.warning("worker %s: %s", self._worker, error, extra=self._extra)
                 await asyncio.sleep(self._random.uniform(0.1, min(LONGEST_PAUSE, 0.2 * 2 ** min(failures, 6))))
                 continue
             failures = 0
             self.pulse.answered()
+            self._look_for_outages(receiver)
             refused = 0
             if exchanged.deliveries:
                 refused = await self._begin(receiver, exchanged.deliveries)
@@ -155,18 +169,23 @@ class Pump:
             if options.until_idle and room > 0 and not (stopping or finished or self.runs or self.runs.finished):
                 self._drain()  # there was room for a job, and there was none
 
+    def _look_for_outages(self, receiver: Receiver) -> None:
+        before, self._outages = self._outages, receiver.outages()
+        if self._outages is not before:
+            self.accounts.reconnected(self._backend, self._outages.seconds - before.seconds)
+
     def _is_spent(self) -> bool:
         """Whether it has done what a worker is to do in its life, so that it is time for a new one."""
         options, now = self._options, time.monotonic()
         if options.max_jobs is not None and self._taken >= options.max_jobs:
             return not self.runs
         if options.max_age is not None and now - self._began >= options.max_age:
-            _log.info("worker %s: %.0f s old, draining (max_age)", self._worker, now - self._began)
+            _log.info("worker %s: %.0f s old, draining (max_age)", self._worker, now - self._began, extra=self._extra)
             return True
         if options.max_memory is not None and now - self._weighed >= _WEIGH_EVERY:
             self._weighed = now
             if (mib := resident()) > options.max_memory:
-                _log.info("worker %s: %.0f MiB resident, draining (max_memory)", self._worker, mib)
+                _log.info("worker %s: %.0f MiB resident, draining (max_memory)", self._worker, mib, extra=self._extra)
                 return True
         return False
 
@@ -224,6 +243,8 @@ class Pump:
         try:
             route, envelope = self._routes.find(delivery)
         except (Refused, UnknownSchema) as error:
+            if isinstance(error, UnknownSchema):
+                self.accounts.unknown(delivery, error)
             self.runs.refuse(delivery, error)
             return None
         return Run(delivery, route, envelope, self._worker)
@@ -295,6 +316,7 @@ class Pump:
                 async with asyncio.timeout(_SETTLE_TIMEOUT):
                     exchanged = await receiver.exchange([(f.delivery, f.settlement) for f in finished], 0)
                     await self.accounts.settled(finished, exchanged.settled)
+        await self.accounts.tell()
 
 
 def _is_suspect(delivery: Delivery) -> bool:

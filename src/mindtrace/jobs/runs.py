@@ -170,19 +170,22 @@ class Runs:
 
     def refuse(self, delivery: Delivery, error: Exception) -> None:
         """Settle a delivery that is not run."""
-        _log.warning("job %s is not run: %s", delivery.message.id, error, extra=about(delivery, self._worker))
-        settlement = settlement_for(delivery, error, self._policy, self._random)
         schema_name = error.schema_name if isinstance(error, UnknownSchema) else ""
+        extra = about(delivery, self._worker, schema_name)
+        _log.warning("job %s is not run: %s", delivery.message.id, error, extra=extra)
+        settlement = settlement_for(delivery, error, self._policy, self._random)
         self._finish(Finished(delivery, self._stamped(settlement, None), schema_name))
 
-    def lose(self, delivery: Delivery) -> None:
-        """Its lease is gone: cancel the run, drop its result."""
+    def lose(self, delivery: Delivery) -> Run | None:
+        """Its lease is gone: cancel the run, drop its result. Returns the run, if there is one that has not settled."""
         run = self._runs.get(delivery)
         if run is None or run.settled:
-            return
-        _log.warning("job %s: lease lost, result dropped", delivery.message.id, extra=about(delivery, self._worker))
+            return None
+        extra = about(delivery, self._worker, run.envelope.schema_name)
+        _log.warning("job %s: lease lost, result dropped", delivery.message.id, extra=extra)
         run.job.lease_lost = True
         self._cancel(run, "lost")  # what it ends with is refused by the receiver, and listeners are told so
+        return run
 
     async def wind_up(self) -> None:
         """Cancel what still runs, give it its grace, and hand back what has not ended by then."""

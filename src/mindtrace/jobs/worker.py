@@ -59,7 +59,7 @@ class Worker:
         until_idle: stop once nothing is ready.
         poll_timeout: the longest single wait for a job, in seconds; a job that comes meanwhile ends it at once.
         unknown_ttl: seconds after which a job whose schema nobody knows is dead.
-        listeners: told of each start and settlement.
+        listeners: told of each start and settlement, and of lost leases, unknown schemas and reconnections.
         name: of this worker, in records and logs.
         random: the source of the jitter.
         threads: where blocking runs are executed; daemon threads of its own, `concurrency` of them, unless given.
@@ -143,6 +143,7 @@ class Worker:
         self._ahead = Ahead(options.ahead if can_wait else 0)
         self._pump = Pump(
             self.name,
+            orchestrator.backend.traits.name,
             options,
             self._routes,
             threads=self._runs_in,
@@ -385,7 +386,7 @@ class Worker:
                         lease=options.lease,
                         crash_limit=self._routes.crash_limit,
                         strict=options.strict,
-                        lost=self._pump.runs.lose,
+                        lost=self._pump.lose,
                     )
                 )
             except AuthenticationFailed:
@@ -401,7 +402,7 @@ class Worker:
                 except BackendUnavailable as still:
                     error = still
                 self._pump.pulse.failed()
-                _log.warning("worker %s: %s; trying on", self.name, error)
+                _log.warning("worker %s: %s; trying on", self.name, error, extra={"worker": self.name})
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._random.uniform(0.1, LONGEST_PAUSE)):
                     await self._stop_asked.wait()
@@ -419,10 +420,10 @@ class Worker:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._pump.stopping is None:
-            _log.info("worker %s: %s, draining", self.name, number.name)
+            _log.info("worker %s: %s, draining", self.name, number.name, extra={"worker": self.name})
             self.stop()
         elif not self._cancelling:
-            _log.info("worker %s: %s again, cancelling", self.name, number.name)
+            _log.info("worker %s: %s again, cancelling", self.name, number.name, extra={"worker": self.name})
             self.stop(now=True)
         else:
             asyncio.get_running_loop().remove_signal_handler(number)
@@ -441,4 +442,5 @@ class Worker:
         longest = self._options.longest
         timeout = "no timeout" if longest == math.inf else f"timeout {longest:g} s"
         queues = ", ".join(self._routes.queues)
-        _log.info("worker %s: queues %s, concurrency %d, %s", self.name, queues, self.concurrency, timeout)
+        extra = {"worker": self.name}
+        _log.info("worker %s: queues %s, concurrency %d, %s", self.name, queues, self.concurrency, timeout, extra=extra)
