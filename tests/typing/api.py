@@ -27,6 +27,7 @@ from mindtrace.jobs import (
     Health,
     Job,
     JobId,
+    JobLeaseLost,
     JobPublished,
     JobSchema,
     JobSettled,
@@ -38,11 +39,14 @@ from mindtrace.jobs import (
     RabbitMQBackend,
     RabbitMQClient,
     RabbitMQConsumerBackend,
+    Reconnected,
     RedisBackend,
     RedisClient,
     RedisConsumerBackend,
     Retry,
     RetryPolicy,
+    RunningJob,
+    SchemaMismatch,
     Worker,
     connect,
     current_job,
@@ -243,8 +247,12 @@ def listener(event: Event) -> None:
         assert_type(event.status, ExecutionStatus)
         if isinstance(event.settlement, Retry):
             assert_type(event.settlement.delay, float)
+    elif isinstance(event, Reconnected):
+        assert_type(event.seconds, float)
+    elif isinstance(event, SchemaMismatch):
+        assert_type(event.waited, float)
     else:
-        assert_type(event, JobPublished | JobStarted)
+        assert_type(event, JobPublished | JobStarted | JobLeaseLost)
 
 
 async def awaited(jobs: AsyncOrchestrator) -> None:
@@ -259,6 +267,9 @@ async def awaited(jobs: AsyncOrchestrator) -> None:
     worker = Worker(jobs, [Coroutine("both"), Typed("other")], concurrency=5, timeout=None, listeners=[listener])
     assert_type(await worker.run(), int)
     assert_type(worker.health(), Health)
+    assert_type(worker.running(), list[RunningJob])
+    worker.configure(queues=["both"], concurrency=2, timeout=None, max_memory=512.0)
+    worker.configure(timeout="never")  # type: ignore[arg-type]
     async with worker as entered:
         assert_type(entered, Worker)
     Worker(jobs, Coroutine("both"))  # type: ignore[arg-type]

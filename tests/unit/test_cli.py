@@ -17,7 +17,8 @@ QUICK = ("bench", "-n", "20")
 
 @pytest.fixture(autouse=True)
 def _no_url_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MINDTRACE_JOBS_URL", raising=False)
+    for name in ("MINDTRACE_JOBS_URL", "REDIS_URL", "AMQP_URL"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_the_module_is_the_command() -> None:

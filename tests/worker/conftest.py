@@ -57,10 +57,10 @@ async def orchestrator(request: pytest.FixtureRequest) -> AsyncIterator[AsyncOrc
 
 @pytest.fixture
 def publish(orchestrator: AsyncOrchestrator) -> Callable[..., Awaitable[list[str]]]:
-    """Publishes n jobs without a schema; `input_data["n"]` counts them from 1."""
+    """Publishes n jobs of the schema that is named, else of the queue's name; `input_data["n"]` counts them from 1."""
 
-    async def published(n: int = 1, queue: str = "jobs", **options: Any) -> list[str]:
-        jobs = [Job(name=queue, schema_name=queue, input_data={"n": i + 1}) for i in range(n)]
+    async def published(n: int = 1, queue: str = "jobs", *, schema: str = "", **options: Any) -> list[str]:
+        jobs = [Job(name=queue, schema_name=schema or queue, input_data={"n": i + 1}) for i in range(n)]
         return await orchestrator.publish_many(queue, jobs, **options)
 
     return published

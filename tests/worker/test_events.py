@@ -15,6 +15,7 @@ from mindtrace.jobs import (
     Done,
     Event,
     ExecutionStatus,
+    JobLeaseLost,
     JobPublished,
     JobSchema,
     JobSettled,
@@ -23,6 +24,7 @@ from mindtrace.jobs import (
     Release,
     Retry,
     RetryPolicy,
+    SchemaMismatch,
     Snooze,
     Worker,
 )
@@ -119,7 +121,7 @@ async def test_each_run_is_told_with_its_attempt(
     await publish(1)
     policy = RetryPolicy(max_attempts=2, base=0.0)
     await Worker(orchestrator, [consumer(act)], retry=policy, max_jobs=2, listeners=[told.append]).run()
-    assert [(type(e), e.attempt) for e in told if not isinstance(e, JobPublished)] == [
+    assert [(type(e), e.attempt) for e in told if isinstance(e, JobStarted | JobSettled)] == [
         (JobStarted, 1),
         (JobSettled, 1),
         (JobStarted, 2),
@@ -236,3 +238,55 @@ async def test_a_released_job_is_told_as_queued(
     settled = told[-1]
     assert isinstance(settled, JobSettled)
     assert (settled.settlement, settled.status, settled.accepted) == (Release(), ExecutionStatus.QUEUED, True)
+
+
+@pytest.mark.parametrize("when", ["while it runs", "as it returns"])
+async def test_a_lost_lease_is_told_once_before_its_settlement_and_a_listener_that_fails_changes_nothing(
+    orchestrator: AsyncOrchestrator, publish: Publish, consumer: Make, gate: Any, when: str
+) -> None:
+    told: list[Event] = []
+
+    def fails(event: Event) -> None:
+        raise ValueError("of the listener")
+
+    async def lose() -> None:
+        await orchestrator.delete("jobs", force=True)
+        await orchestrator.declare(QueueSpec("jobs"))
+
+    async def act(_: Any) -> None:
+        if when == "as it returns":
+            await lose()
+        else:
+            await gate.enter()
+
+    [job_id] = await publish(1)
+    worker = Worker(orchestrator, [consumer(act)], listeners=[fails, told.append])
+    async with asyncio.timeout(10), worker:
+        if when == "while it runs":
+            await gate.holds(1)
+            await lose()
+        while len(told) < 3:  # noqa: ASYNC110 (the listener tells nobody)
+            await asyncio.sleep(0)
+    assert [type(event) for event in told] == [JobStarted, JobLeaseLost, JobSettled]
+    assert told[1] == JobLeaseLost("jobs", job_id, "jobs", 1)
+    assert isinstance(told[2], JobSettled)
+    assert (told[2].accepted, worker.handled) == (False, 0)
+
+
+async def test_a_job_that_nobody_here_knows_is_told_as_a_mismatch(
+    orchestrator: AsyncOrchestrator, publish: Publish, consumer: Make
+) -> None:
+    told: list[Event] = []
+
+    async def act(_: Any) -> None:
+        pass
+
+    await orchestrator.register(JobSchema("known", Nothing, queue="jobs"))
+    [job_id] = await publish(1, schema="of the next release")
+    await Worker(orchestrator, [consumer(act, "known")], max_jobs=1, listeners=[told.append]).run()
+    mismatch, settled = told
+    assert isinstance(mismatch, SchemaMismatch)
+    assert (mismatch.job_id, mismatch.schema_name, mismatch.attempt) == (job_id, "of the next release", 1)
+    assert 0 <= mismatch.waited < 60
+    assert isinstance(settled, JobSettled)
+    assert settled.settlement == Release(1.0)

@@ -149,7 +149,7 @@ async def test_a_lost_run_that_ignores_its_cancellation_is_reported_stuck(
                 continue
 
     await publish()
-    worker = Worker(orchestrator, [consumer(act)], cancel_grace=0.01)
+    worker = Worker(orchestrator, [consumer(act)], concurrency=1, cancel_grace=0.01)
     async with worker, asyncio.timeout(10):
         await began.wait()
         await orchestrator.delete("jobs", force=True)

@@ -48,10 +48,21 @@ from mindtrace.jobs.errors import (
     UnsafeBackend,
     WouldDeadlock,
 )
-from mindtrace.jobs.events import Event, JobPublished, JobSettled, JobStarted, Listener
+from mindtrace.jobs.events import (
+    Event,
+    JobLeaseLost,
+    JobPublished,
+    JobSettled,
+    JobStarted,
+    Listener,
+    Reconnected,
+    SchemaMismatch,
+)
+from mindtrace.jobs.health import Health
 from mindtrace.jobs.job import ExecutionStatus, Job, JobId, JobSchema, job_from_schema
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.retry import RetryPolicy
+from mindtrace.jobs.running import RunningJob
 from mindtrace.jobs.sync import (
     Consumer,
     ConsumerBackendBase,
@@ -61,7 +72,7 @@ from mindtrace.jobs.sync import (
     RabbitMQConsumerBackend,
     RedisConsumerBackend,
 )
-from mindtrace.jobs.worker import Health, Worker
+from mindtrace.jobs.worker import Worker
 
 if TYPE_CHECKING:
     from mindtrace.jobs.backends.local import LocalBackend as LocalBackend
@@ -98,6 +109,7 @@ __all__ = [
     "InputInvalid",
     "Job",
     "JobId",
+    "JobLeaseLost",
     "JobNotFound",
     "JobPublished",
     "JobSchema",
@@ -124,6 +136,7 @@ __all__ = [
     "RabbitMQClient",
     "RabbitMQConsumerBackend",
     "Receiver",
+    "Reconnected",
     "RedisBackend",
     "RedisClient",
     "RedisConsumerBackend",
@@ -134,6 +147,8 @@ __all__ = [
     "RetryPolicy",
     "RunError",
     "RunTimeout",
+    "RunningJob",
+    "SchemaMismatch",
     "Settlement",
     "Snooze",
     "Traits",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from mindtrace.jobs.delivery import (
     DeadFilter,
@@ -109,8 +109,27 @@ class Traits:
     exact_depth: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Outages:
+    """Those that are over.
+
+    Attributes:
+        count: how often the connection was lost, and is there again.
+        seconds: how long it was away, all of them together.
+    """
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+NO_OUTAGES: Final = Outages()
+
+
 class Receiver(Protocol):
-    """Hands out deliveries of its queues and settles them. Used from the loop that entered it, except `extend`."""
+    """Hands out deliveries of its queues and settles them.
+
+    Used from the loop that entered it, except `extend`, `keeper_idle_for` and `outages`: they from any thread.
+    """
 
     async def exchange(
         self, pairs: Sequence[tuple[Delivery, Settlement]], limit: int, *, wait: float = 0.0
@@ -133,6 +152,14 @@ class Receiver(Protocol):
     def nudge(self) -> None:
         """End the wait of the exchange now in progress, or of the next one. Does no I/O."""
         ...
+
+    def keeper_idle_for(self) -> float:
+        """Seconds since the loop that keeps its leases last turned, about 1 at most; 0.0 where nothing has to."""
+        return 0.0
+
+    def outages(self) -> Outages:
+        """How often its broker was away, since the backend was opened."""
+        return NO_OUTAGES
 
     async def receive(self, limit: int, *, wait: float = 0.0) -> list[Delivery]:
         """Take up to `limit` jobs: highest priority first, oldest first within one.

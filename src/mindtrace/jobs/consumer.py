@@ -30,6 +30,9 @@ class CurrentJob:
         cancelled: it should give up: its time is over, the worker stops, or its lease is gone. A coroutine is cancelled
             as well; code in a thread has to look.
         lease_lost: the job is another worker's now; what this run returns is thrown away.
+        queue: where it came from.
+        schema_name: what it is; empty where it names no schema.
+        worker: the name of the worker that runs it.
     """
 
     id: JobId
@@ -39,6 +42,9 @@ class CurrentJob:
     deadline: float = math.inf
     cancelled: bool = False
     lease_lost: bool = False
+    queue: str = ""
+    schema_name: str = ""
+    worker: str = ""
 
 
 _current: ContextVar[CurrentJob] = ContextVar("mindtrace_jobs_current_job")
@@ -54,6 +60,11 @@ def current_job() -> CurrentJob:
         return _current.get()
     except LookupError:
         raise LookupError("current_job() outside a job: it is known only inside run() or handle()") from None
+
+
+def job_here() -> CurrentJob | None:
+    """The job being run here, if any."""
+    return _current.get(None)
 
 
 def enter_job(job: CurrentJob) -> None:

@@ -91,9 +91,9 @@ class RunError:
             text = f"<its text could not be read: {type(broken).__name__}>"
         frames = "".join(traceback.format_tb(error.__traceback__))
         return cls(
-            _cut(_escaped(name), NAME_LIMIT),
-            _cut(_escaped(text), MESSAGE_LIMIT),
-            _last(_escaped(frames, "\n"), TRACEBACK_LIMIT),
+            _cut(escaped(name), NAME_LIMIT),
+            _cut(escaped(text), MESSAGE_LIMIT),
+            _last(escaped(frames, "\n"), TRACEBACK_LIMIT),
         )
 
 
@@ -223,7 +223,7 @@ def shortened(error: RunError) -> RunError:
     return RunError(error.type, _short(error.message), "", error.started_at, error.ended_at, error.worker)
 
 
-def _escaped(text: str, allowed: str = "") -> str:
+def escaped(text: str, allowed: str = "") -> str:
     """Control characters and lone surrogates as escapes, so that no error's text can forge a line of a log."""
     if text.isprintable():
         return text

@@ -54,7 +54,49 @@ class JobSettled:
     seconds: float
 
 
-Event: TypeAlias = JobPublished | JobStarted | JobSettled
+@dataclass(frozen=True, slots=True)
+class JobLeaseLost:
+    """A job that was received here is another worker's now; nothing that its run does or returns here counts.
+
+    Told once, as soon as it is known: while it runs, or when its settlement is refused. Its `JobSettled` follows.
+    """
+
+    queue: str
+    job_id: JobId
+    schema_name: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaMismatch:
+    """A job is left to workers that know it: no consumer here knows its schema. Its `JobSettled` follows.
+
+    Attributes:
+        schema_name: what it names; empty where not even its format is known here.
+        waited: seconds since it was first due.
+    """
+
+    queue: str
+    job_id: JobId
+    schema_name: str
+    attempt: int
+    waited: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnected:
+    """The broker is there again.
+
+    Attributes:
+        backend: its kind: `redis`, `rabbitmq`.
+        seconds: how long it was away.
+    """
+
+    backend: str
+    seconds: float
+
+
+Event: TypeAlias = JobPublished | JobStarted | JobSettled | JobLeaseLost | SchemaMismatch | Reconnected
 Listener: TypeAlias = Callable[[Event], Awaitable[None] | None]
 """Called with each event, in order; awaited if it gives something to await. What it raises is logged, nothing else."""
 

@@ -87,6 +87,12 @@ class Route:
             _log.warning("job %s: %s", envelope.id, text)
 
 
+def queue_of(orchestrator: AsyncOrchestrator, consumer: AnyConsumer[Any, Any]) -> str:
+    """Where its jobs come from: its schema's queue, or that of its name."""
+    schema = orchestrator.schemas.get(consumer.job_type_name) or consumer.schema()
+    return consumer.job_type_name if schema is None else schema.queue
+
+
 class Routes:
     """All routes of one worker.
 
@@ -167,7 +173,7 @@ class Routes:
             schema = own
         if schema is not None and own is not None and own.input is not schema.input:
             raise ConfigError(f"{kind} takes {own.input.__name__}, the schema {schema.name!r} {schema.input.__name__}")
-        queue = consumer.job_type_name if schema is None else schema.queue
+        queue = queue_of(self._orchestrator, consumer)
         await self._orchestrator.backend.declare(QueueSpec(queue), attach=True)
         retry = schema.retry if schema is not None and schema.retry is not None else type(consumer).retry
         policy = self._policy if retry is None else RetryPolicy.of(retry)

@@ -5,6 +5,7 @@ import contextvars
 import inspect
 import logging
 import math
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -40,21 +41,31 @@ class Run:
         begun: its task has had its first step.
         settled: its settlement is decided; what the run does from now on changes nothing.
         ended: the user's code has returned, or is a thread that nobody waits for any more.
+        thread_id: of the thread in which the user's code is at this moment.
     """
 
     __slots__ = (
         "begun", "cause", "delivery", "ended", "envelope", "job", "route",
-        "settled", "started", "stuck", "task", "thread", "timeout",
+        "settled", "started", "stuck", "task", "thread", "thread_id", "timeout",
     )  # fmt: skip
 
-    def __init__(self, delivery: Delivery, route: Route, envelope: Envelope) -> None:
+    def __init__(self, delivery: Delivery, route: Route, envelope: Envelope, worker: str) -> None:
         self.delivery: Delivery = delivery
         self.route: Route = route
         self.envelope: Envelope = envelope
-        self.job: CurrentJob = CurrentJob(delivery.message.id, delivery.attempt, delivery.number, envelope.headers)
+        self.job: CurrentJob = CurrentJob(
+            delivery.message.id,
+            delivery.attempt,
+            delivery.number,
+            envelope.headers,
+            queue=delivery.queue,
+            schema_name=envelope.schema_name,
+            worker=worker,
+        )
         self.started: float = time.monotonic()
         self.timeout: float = route.timeout_for(envelope)
         self.task: asyncio.Task[None] | None = None
+        self.thread_id: int | None = None
         self.thread: asyncio.Future[Outcome] | None = None
         self.cause: Literal["timeout", "stop", "lost"] | None = None
         self.begun: bool = False
@@ -71,7 +82,7 @@ class Run:
             returned = await route.call(data)
         else:
             context = contextvars.copy_context()
-            self.thread = threads.start(lambda: context.run(route.call, data))
+            self.thread = threads.start(lambda: context.run(self._in_thread, data))
             outcome = await asyncio.shield(self.thread)  # a thread cannot be cancelled: the slot waits for it
             if outcome.error is not None:
                 raise outcome.error
@@ -81,6 +92,13 @@ class Run:
                 returned = await returned
         route.check_output(self.envelope, returned)
         return _DONE
+
+    def _in_thread(self, data: Any) -> Any:
+        self.thread_id = threading.get_ident()
+        try:
+            return self.route.call(data)
+        finally:
+            self.thread_id = None
 
 
 @dataclass(slots=True, eq=False)
@@ -137,6 +155,10 @@ class Runs:
         """How many slots are taken."""
         return len(self._runs)
 
+    def in_flight(self) -> list[Run]:
+        """Those that have a slot; from any thread."""
+        return list(self._runs.values())  # one step of the interpreter: its own thread cannot change it meanwhile
+
     def any(self, condition: Callable[[Delivery], bool]) -> bool:
         """Whether one in flight is such a delivery."""
         return any(condition(delivery) for delivery in self._runs)
@@ -148,19 +170,22 @@ class Runs:
 
     def refuse(self, delivery: Delivery, error: Exception) -> None:
         """Settle a delivery that is not run."""
-        _log.warning("job %s is not run: %s", delivery.message.id, error, extra=about(delivery, self._worker))
-        settlement = settlement_for(delivery, error, self._policy, self._random)
         schema_name = error.schema_name if isinstance(error, UnknownSchema) else ""
+        extra = about(delivery, self._worker, schema_name)
+        _log.warning("job %s is not run: %s", delivery.message.id, error, extra=extra)
+        settlement = settlement_for(delivery, error, self._policy, self._random)
         self._finish(Finished(delivery, self._stamped(settlement, None), schema_name))
 
-    def lose(self, delivery: Delivery) -> None:
-        """Its lease is gone: cancel the run, drop its result."""
+    def lose(self, delivery: Delivery) -> Run | None:
+        """Its lease is gone: cancel the run, drop its result. Returns the run, if there is one that has not settled."""
         run = self._runs.get(delivery)
         if run is None or run.settled:
-            return
-        _log.warning("job %s: lease lost, result dropped", delivery.message.id, extra=about(delivery, self._worker))
+            return None
+        extra = about(delivery, self._worker, run.envelope.schema_name)
+        _log.warning("job %s: lease lost, result dropped", delivery.message.id, extra=extra)
         run.job.lease_lost = True
         self._cancel(run, "lost")  # what it ends with is refused by the receiver, and listeners are told so
+        return run
 
     async def wind_up(self) -> None:
         """Cancel what still runs, give it its grace, and hand back what has not ended by then."""

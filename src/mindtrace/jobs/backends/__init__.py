@@ -52,3 +52,21 @@ def address(url: str | None) -> str:
     if scheme == "local" and rest:
         raise ConfigError("local:// takes nothing behind it: it is in this process, and its jobs are in memory")
     return url
+
+
+def shown(url: str | None) -> str:
+    """The URL as it may be printed: without user, password and query.
+
+    Raises:
+        ConfigError: see `connect`.
+    """
+    url = address(url)
+    if url == LOCAL:
+        return LOCAL
+    if url.startswith("amqp"):
+        from mindtrace.jobs.backends.rabbitmq.address import Address as RabbitMQAddress
+
+        return str(RabbitMQAddress.of_url(url))
+    from mindtrace.jobs.backends.redis.address import Address as RedisAddress
+
+    return str(RedisAddress.of_url(url))

@@ -1,41 +1,90 @@
 """The command line, `mindtrace-jobs`."""
 
 import argparse
-import asyncio
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Final, Protocol
 
-from mindtrace.jobs.cli.bench import add_bench, run_bench
-from mindtrace.jobs.errors import BackendUnavailable, ConfigError, JobsError
+from mindtrace.jobs.cli import bench, demo, worker
+from mindtrace.jobs.cli.errors import CommandError, Stopped, status_of
+from mindtrace.jobs.cli.output import say
+from mindtrace.jobs.cli.parser import Parser
+from mindtrace.jobs.cli.settings import VERBOSE, Settings
+from mindtrace.jobs.errors import JobsError
+
+_PROGRAM = "mindtrace-jobs"
+
+
+class Command(Protocol):
+    """A module of this package."""
+
+    def add(self, parser: Parser) -> None:
+        """Declare its options and arguments."""
+        ...
+
+    def run(self, parsed: argparse.Namespace, settings: Settings) -> int:
+        """Do it. Returns the exit status; raises `CommandError`, `JobsError` or `KeyboardInterrupt`."""
+        ...
+
+
+COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
+    "demo": (demo, "publish a first job, see it fail once, be retried and succeed"),
+    "worker": (worker, "run an application's consumers until told to stop"),
+    "bench": (bench, "measure how fast jobs go through a backend"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        its exit status: 0 fine, 1 it ran and failed, 2 wrong usage, 4 no broker, 130 Ctrl-C.
+        its exit status: 0 fine; 1 it ran, and found or caused failures; 2 wrong usage or configuration; 3 the
+        application does not import, or an extra is missing; 4 no broker, or it refuses the login; 130 Ctrl-C, 143
+        SIGTERM.
     """
-    parser = argparse.ArgumentParser(prog="mindtrace-jobs", description="An asyncio-native job queue.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("demo", help="publish a first job, see it fail once, be retried and succeed")
-    measures = commands.add_parser("bench", help="measure how fast jobs go through a backend")
-    add_bench(measures)
-    chosen = parser.parse_args(arguments)
+    parser = _parser()
+    settings: Settings | None = None
     try:
-        return demo() if chosen.command == "demo" else run_bench(measures, chosen)
+        parsed = parser.parse(arguments)
+        settings = Settings.of_here(vars(parsed), parser.options())
+        command, _ = COMMANDS[parsed.command]
+        status = command.run(parsed, settings)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its exit
+        return 141
+    except SystemExit as left:  # --help and --version
+        return left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
-    except JobsError as error:
-        print(f"{parser.prog} {chosen.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 4 if isinstance(error, BackendUnavailable) else 1
+    except (CommandError, JobsError) as error:
+        _explain(error, settings)
+        return status_of(error)
+    else:
+        return status
 
 
-def demo() -> int:
-    """Run the README's program, and say what to try next."""
-    from mindtrace.jobs.cli import quickstart
+def _parser() -> Parser:
+    parser = Parser(prog=_PROGRAM, description="An asyncio-native job queue.")
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {version(_PROGRAM)}")
+    for name, (command, help) in COMMANDS.items():
+        command.add(parser.command(name, help, dest="command"))
+    return parser
 
-    print("backend    local: in this process, nothing to install or to start")
-    asyncio.run(quickstart.main())
-    print("next       python3 noxfile.py    # run all tests, against a real Redis and a real RabbitMQ of their own")
-    return 0
+
+def _explain(error: CommandError | JobsError, settings: Settings | None) -> None:
+    try:
+        is_verbose = settings is not None and settings[VERBOSE] >= 2
+    except CommandError:  # it is what is wrong
+        is_verbose = False
+    if is_verbose:
+        say("".join(traceback.format_exception(error)).rstrip())
+    elif isinstance(error, Stopped):
+        say(str(error))
+    else:
+        text = str(error)
+        say(text if text.startswith(_PROGRAM) else f"{_PROGRAM}: {text}")

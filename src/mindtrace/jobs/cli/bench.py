@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import secrets
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel
 
 from mindtrace.jobs.backend import Backend
-from mindtrace.jobs.backends import connect
+from mindtrace.jobs.backends import connect, shown
+from mindtrace.jobs.cli.errors import CommandError, UsageError
+from mindtrace.jobs.cli.parser import Parser, argument
+from mindtrace.jobs.cli.settings import JSON, URL, Settings, whole
 from mindtrace.jobs.clients import LocalClient
 from mindtrace.jobs.consumer import AnyConsumer, AsyncConsumer
 from mindtrace.jobs.job import Job, JobSchema
@@ -171,39 +173,38 @@ class Report:
 # the command
 
 
-def add_bench(parser: argparse.ArgumentParser) -> None:
+def add(parser: Parser) -> None:
     """Declare the options."""
-    jobs, slots, payload = _whole(1, 1_000_000), _whole(1, 10_000), _whole(PAYLOAD_LEAST, PAYLOAD_LIMIT)
-    parser.add_argument("--url", help="the backend; MINDTRACE_JOBS_URL unless given, else local://")
+    parser.take(URL, JSON)
+    jobs, slots = argument(whole(1, 1_000_000)), argument(whole(1, 10_000))
+    payload = argument(whole(PAYLOAD_LEAST, PAYLOAD_LIMIT))
     parser.add_argument("-n", type=jobs, default=10_000, metavar="N", dest="jobs", help="jobs for each figure (10000)")
     parser.add_argument("-c", type=slots, metavar="CONCURRENCY", dest="slots", help="slots of the worker (1, 10, 100)")
     parser.add_argument("--payload", type=payload, default=100, metavar="BYTES", help="size of an input as JSON (100)")
-    parser.add_argument("--out", type=_writable, metavar="FILE", help="write facts and figures there, as JSON")
-    parser.add_argument("--json", action="store_true", help="print facts and figures as one JSON document")
+    parser.add_argument(
+        "--out", type=argument(_writable), metavar="FILE", help="write facts and figures there, as JSON"
+    )
 
 
-def run_bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """Measure and print. Returns the exit status."""
-    slots = (1, 10, 100) if arguments.slots is None else (arguments.slots,)
-    url = arguments.url or os.environ.get("MINDTRACE_JOBS_URL") or "local://"
-    plan = Plan(url, arguments.jobs, arguments.payload, slots)
+def run(parsed: argparse.Namespace, settings: Settings) -> int:
+    """Measure and print."""
+    slots = (1, 10, 100) if parsed.slots is None else (parsed.slots,)
+    plan = Plan(settings[URL], parsed.jobs, parsed.payload, slots)
     if plan.jobs * plan.payload > _MOST_BYTES:
-        parser.error(f"-n {plan.jobs} --payload {plan.payload}: 1 GiB in all at the most")
-    report = Report(prints=not arguments.json)
+        raise UsageError(f"-n {plan.jobs} --payload {plan.payload}: 1 GiB in all at the most")
+    report = Report(prints=not settings[JSON])
     try:
         asyncio.run(_measure(connect(plan.url), plan, report))
         _measure_blocking(plan, report)
-    except TimeoutError:
-        print(f"mindtrace-jobs: the next figure took over {_STUCK:.0f} s and was given up", file=sys.stderr)
-        return 1
-    if arguments.json:
+    except TimeoutError as error:
+        raise CommandError(f"the next figure took over {_STUCK:.0f} s and was given up") from error
+    if settings[JSON]:
         print(report.document())
-    if arguments.out is not None:
+    if parsed.out is not None:
         try:
-            arguments.out.write_text(f"{report.document()}\n", "utf-8")
+            parsed.out.write_text(f"{report.document()}\n", "utf-8")
         except OSError as error:
-            print(f"mindtrace-jobs: --out {arguments.out}: {error.strerror}", file=sys.stderr)
-            return 1
+            raise CommandError(f"--out {parsed.out}: {error.strerror}") from error
     return 0
 
 
@@ -219,26 +220,11 @@ def machine_facts() -> dict[str, Any]:
 
 
 def _backend_facts(plan: Plan, backend: Backend) -> dict[str, Any]:
-    place = urlsplit(plan.url)
-    url = f"{place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}"  # nothing that may be a password
-    return {"name": backend.traits.name, "url": url, "durability": backend.traits.durability}
+    return {"name": backend.traits.name, "url": shown(plan.url), "durability": backend.traits.durability}
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
     return {"jobs": plan.jobs, "payload": plan.payload, "slots": list(plan.slots)}
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {least} to {most}")
-        return value
-
-    return whole
 
 
 def _writable(text: str) -> Path:
@@ -248,7 +234,7 @@ def _writable(text: str) -> Path:
     except OSError:  # too long a name
         fits = False
     if not fits:
-        raise argparse.ArgumentTypeError(f"{text!r}: a file in a folder that exists")
+        raise ValueError("a file in a folder that exists")
     return path
 
 

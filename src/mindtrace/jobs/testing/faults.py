@@ -17,7 +17,7 @@ from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
-from mindtrace.jobs.backend import Backend, DeadLetters, Depth, QueueSpec, Receiver, Traits
+from mindtrace.jobs.backend import Backend, DeadLetters, Depth, Outages, QueueSpec, Receiver, Traits
 from mindtrace.jobs.delivery import (
     DeadFilter,
     DeadPage,
@@ -461,6 +461,12 @@ class _DistantReceiver(Receiver):
 
     def nudge(self) -> None:
         self._receiver.nudge()
+
+    def keeper_idle_for(self) -> float:
+        return self._receiver.keeper_idle_for()
+
+    def outages(self) -> Outages:
+        return self._receiver.outages()
 
 
 class _DistantDeadLetters(DeadLetters):

@@ -15,7 +15,7 @@ from mindtrace.jobs.consumer import AnyConsumer
 from mindtrace.jobs.dead_letters import AsyncDeadLetters
 from mindtrace.jobs.delivery import Dead, Release, Retry
 from mindtrace.jobs.errors import Closed, ConfigError, JobSignal, RetryLater
-from mindtrace.jobs.events import Event, JobPublished, JobSettled, JobStarted
+from mindtrace.jobs.events import Event, JobSettled, JobStarted
 from mindtrace.jobs.job import JobSchema
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.retry import is_seconds, is_whole
@@ -318,7 +318,7 @@ class _Watch:
         self.failure, self.cause = f"{self._who} {what}", cause
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, JobPublished):
+        if not isinstance(event, JobStarted | JobSettled):
             return
         schema = f"schema {event.schema_name!r}, " if event.schema_name else ""
         self._who = f"job {event.job_id} ({schema}queue {event.queue!r}, attempt {event.attempt})"

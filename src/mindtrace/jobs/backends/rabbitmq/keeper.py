@@ -7,6 +7,7 @@ job by it.
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
@@ -22,6 +23,7 @@ from mindtrace.jobs.backends.rabbitmq.topology import Topology
 _log = logging.getLogger(__name__)
 
 _CLOSE_WITHIN = 5.0
+_BEAT = 1.0
 _REMEMBERED = 10_000
 
 
@@ -69,6 +71,11 @@ class Keeper:
         self._stop: asyncio.Event | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: Future[None] = Future()
+        self._turned = 0.0  # its loop, on the monotonic clock
+
+    def idle_for(self) -> float:
+        """Seconds since its loop turned, which it does every second; 0.0 where it does not run. From any thread."""
+        return 0.0 if self._thread is None else time.monotonic() - self._turned
 
     @property
     def post(self) -> Post:
@@ -114,6 +121,8 @@ class Keeper:
             finally:
                 over.set_result(None)
 
+        if self._ended.done():  # nothing runs there any more
+            return
         self.begin(ran)
         await asyncio.wait({asyncio.wrap_future(over)}, timeout=within)
 
@@ -142,9 +151,15 @@ class Keeper:
             if started.exception() is None:  # else there may be another try
                 self._ended.set_result(None)
 
+    def _beat(self) -> None:
+        assert self._loop is not None  # noqa: S101 (it runs this)
+        self._turned = time.monotonic()
+        self._loop.call_later(_BEAT, self._beat)
+
     async def _run(self, started: "Future[None]") -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._post = Post(self._address, self._random, self._topology)
+        self._beat()
         started.set_result(None)
         try:
             await self._stop.wait()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from random import Random
 
+from mindtrace.jobs.backend import NO_OUTAGES, Outages
 from mindtrace.jobs.backends.rabbitmq.address import Address
 from mindtrace.jobs.backends.rabbitmq.line import Line, said
 from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Closed
@@ -40,6 +41,9 @@ class Link:
         """The one that is up."""
         self.why: BackendUnavailable | None = None
         """Of the last failure to connect, or of the last loss."""
+        self.outages: Outages = NO_OUTAGES
+        """Those that are over."""
+        self._lost_at: float | None = None
         self._role, self._random, self._on_up = role, random, on_up
         self._changed = asyncio.Event()
         self._failed: AuthenticationFailed | None = None
@@ -114,6 +118,9 @@ class Link:
     async def _use(self, line: Line) -> None:
         """Until it is lost."""
         self.line, self.why = line, None
+        if self._lost_at is not None:
+            away = time.monotonic() - self._lost_at
+            self.outages, self._lost_at = Outages(self.outages.count + 1, self.outages.seconds + away), None
         self._changed.set()
         try:
             if self._on_up is not None:
@@ -123,5 +130,6 @@ class Link:
         finally:
             self.line = None
             await line.aclose()
+        self._lost_at = time.monotonic()
         self.why = BackendUnavailable(f"lost RabbitMQ at {self.address}: {said(why)}")
         _log.warning("%s (%s); connecting again", self.why, self._role)

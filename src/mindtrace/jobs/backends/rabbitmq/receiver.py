@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from mindtrace.jobs.backend import Home, Receiver
+from mindtrace.jobs.backend import Home, Outages, Receiver
 from mindtrace.jobs.backends.rabbitmq.consuming import Consuming, Pairs
 from mindtrace.jobs.backends.rabbitmq.keeper import Keeper
 from mindtrace.jobs.delivery import Delivery, Exchanged, Settled
@@ -137,6 +137,14 @@ class RabbitMQReceiver(Receiver):
             self._consuming.nudged = True
             if self._consuming.is_waiting:  # else it looks before it waits
                 self._keeper.call(self._consuming.wake)
+
+    def keeper_idle_for(self) -> float:
+        """Seconds since the loop in which its deliveries are last turned."""
+        return self._keeper.idle_for()
+
+    def outages(self) -> Outages:
+        """How often the connection that delivers was lost."""
+        return self._keeper.post.link.outages
 
     def lose_all(self, queue: str) -> None:
         """The queue is gone, and with it every lease on its jobs."""

@@ -329,6 +329,7 @@ class RedisBackend(Backend):
             Link(self._address, "bell", self._random),
             calls,
             [self._keys(queue) for queue in dict.fromkeys(queues)],
+            opened.keeper.idle_for if keep else _never_idle,
             slots=slots,
             lease=lease,
             crash_limit=crash_limit,
@@ -356,6 +357,10 @@ class RedisBackend(Backend):
 
     def _keys(self, queue: str) -> QueueKeys:
         return QueueKeys(self._namespace, queue)
+
+
+def _never_idle() -> float:
+    return 0.0
 
 
 class _Open:

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -23,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 _CLOSE_WITHIN = 2.0
 _AFTER_A_FAILURE = 0.5
+_BEAT = 1.0
 
 
 class Keeper:
@@ -45,6 +47,11 @@ class Keeper:
         self._main: asyncio.Task[None] | None = None
         self._ended: Future[None] = Future()
         self._stopped = False
+        self._turned = 0.0  # its loop, on the monotonic clock
+
+    def idle_for(self) -> float:
+        """Seconds since its loop turned, which it does every second; 0.0 where it does not run. From any thread."""
+        return 0.0 if self._thread is None else time.monotonic() - self._turned
 
     def keep(self, receiver: RedisReceiver) -> None:
         """Extend what this receiver holds, from now on."""
@@ -95,6 +102,7 @@ class Keeper:
 
     async def _run(self, started: "Future[None]") -> None:
         self._loop, self._changed, self._main = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
+        self._beat()
         started.set_result(None)
         link = Link(self._address, "keeper", self._random)
         scripts = Scripts(link)
@@ -120,6 +128,11 @@ class Keeper:
                         await self._changed.wait()
         finally:
             await link.aclose()
+
+    def _beat(self) -> None:
+        assert self._loop is not None  # noqa: S101 (it runs this)
+        self._turned = time.monotonic()
+        self._loop.call_later(_BEAT, self._beat)
 
     async def _extend(self, link: Link, scripts: Scripts, receiver: RedisReceiver) -> None:
         assert self._loop is not None  # noqa: S101 (it runs this)

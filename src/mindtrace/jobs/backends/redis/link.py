@@ -31,6 +31,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from mindtrace.jobs.backend import NO_OUTAGES, Outages
 from mindtrace.jobs.backends.redis.address import CONNECT_WITHIN, Address
 from mindtrace.jobs.backends.redis.line import Line, Request, Words
 from mindtrace.jobs.errors import AuthenticationFailed, BackendFull, BackendUnavailable, Closed, JobsError
@@ -60,6 +61,9 @@ class Link:
 
     def __init__(self, address: Address, role: str, random: Random, first: Sequence[Words] = ()) -> None:
         self.address: Address = address
+        self.outages: Outages = NO_OUTAGES
+        """Those that are over."""
+        self._lost_at: float | None = None
         self._role, self._random, self._first = role, random, first
         self._line: Line | None = None
         self._backlog: deque[Request] = deque()
@@ -199,6 +203,8 @@ class Link:
             self._backlog.extendleft(reversed([*self._redo, *line.waiting]))
             self._redo = []
             await line.aclose()
+        if self._lost_at is None:  # else it was connected again to a server that had not come up yet
+            self._lost_at = time.monotonic()
         _log.warning("lost Redis at %s (%s): %s; connecting again", self.address, self._role, _said(self._why))
         for request in [request for request in self._backlog if not request.again]:
             self._backlog.remove(request)
@@ -228,7 +234,9 @@ class Link:
         if request.done:
             pass  # given up meanwhile
         elif not isinstance(reply, ResponseError):
-            self._useful = self._useful or request.answer is not _ignore
+            if not self._useful and request.answer is not _ignore:
+                self._useful = True
+                self._is_back()
             self._answer(request, reply, None)
         elif isinstance(reply, NoScriptError) and request.fallback is not None:
             request.sent -= 1  # nothing was executed
@@ -254,6 +262,12 @@ class Link:
             for again in redo:
                 self._line.send(again)
             self._send_backlog()
+
+    def _is_back(self) -> None:
+        """There is a line, and on it an answer."""
+        if self._lost_at is not None:
+            away = time.monotonic() - self._lost_at
+            self.outages, self._lost_at = Outages(self.outages.count + 1, self.outages.seconds + away), None
 
     def _ours(self, request: Request, error: ResponseError) -> JobsError:
         """The server's refusal as one of our errors."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 
-from mindtrace.jobs.backend import Home, Receiver
+from mindtrace.jobs.backend import Home, Outages, Receiver
 from mindtrace.jobs.backends.redis.bell import Bell
 from mindtrace.jobs.backends.redis.keys import QueueKeys
 from mindtrace.jobs.backends.redis.link import REPLY_WITHIN, Link
@@ -38,6 +38,7 @@ class RedisReceiver(Receiver):
         bell: a link for its bell, not started yet.
         calls: its name and numbers.
         keys: of the queues it takes from, in order.
+        keeper_idle_for: of the keeper that extends what it holds.
         slots: see `Backend.receiver`, as the rest.
     """
 
@@ -48,6 +49,7 @@ class RedisReceiver(Receiver):
         bell: Link,
         calls: CallNumbers,
         keys: Sequence[QueueKeys],
+        keeper_idle_for: Callable[[], float],
         *,
         slots: int,
         lease: float,
@@ -59,7 +61,7 @@ class RedisReceiver(Receiver):
         self.held: dict[Delivery, None] = {}  # read by the keeper's thread, changed in this loop only
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self._asked: float | None = None  # since when the keeper waits for a turn of this loop
-        self._home, self._scripts = home, scripts
+        self._home, self._scripts, self._keeper_idle_for = home, scripts, keeper_idle_for
         self._claims = Claims(scripts, calls, lease, crash_limit)
         self._bell = Bell(bell, self._on_ring)
         self._keys = {one.queue: one for one in keys}
@@ -120,6 +122,14 @@ class RedisReceiver(Receiver):
         """End the wait of the exchange now in progress, or of the next one."""
         self._nudged = True
         self._wake()
+
+    def keeper_idle_for(self) -> float:
+        """Seconds since the loop that keeps its leases last turned."""
+        return self._keeper_idle_for()
+
+    def outages(self) -> Outages:
+        """How often the server was away."""
+        return self._scripts.link.outages
 
     def ask(self) -> float:
         """Seconds for which this loop has not turned though it was asked to; by the keeper, which asks again now."""
