@@ -29,7 +29,7 @@ class Example:
 
     Attributes:
         path: of the file whose first line is `command`.
-        worker: what runs its jobs in a process of its own.
+        worker: the command that runs its jobs in a process of its own.
         any_port: how it is asked for a free port: further words of the command, and of the environment.
         stopped: the exit status after SIGTERM.
         absent: the exit status where there is no broker.
@@ -47,7 +47,7 @@ EXAMPLES = [
     Example(
         "examples/fastapi_service/app.py",
         "uvicorn examples.fastapi_service.app:app",
-        "examples.fastapi_service.work",
+        "mindtrace-jobs worker examples.fastapi_service.work:worker",
         (["--port", "0"], {}),
         -signal.SIGTERM,  # once all is shut down, uvicorn ends itself by the signal that it was stopped with
         3,
@@ -55,7 +55,7 @@ EXAMPLES = [
     Example(
         "examples/aiohttp_service.py",
         "python examples/aiohttp_service.py",
-        "examples.aiohttp_service",
+        "mindtrace-jobs worker examples.aiohttp_service:worker",
         ([], {"PORT": "0"}),
         0,
         1,
@@ -98,8 +98,8 @@ class Service:
 
 
 def started_worker(example: Example, start: Start, **environment: str) -> Any:
-    code = f"import asyncio, sys; from {example.worker} import worker; sys.exit(asyncio.run(worker().run()))"
-    return start("python", "-c", code, **environment)
+    assert any(example.worker in file.read_text("utf-8") for file in (ROOT / example.path).parent.glob("*.py"))
+    return start(*shlex.split(example.worker), **environment)
 
 
 @pytest.fixture
