@@ -172,6 +172,22 @@ class Worker:
         return self._options.concurrency
 
     @property
+    def drain(self) -> float:
+        """Seconds that runs have to end by themselves once it stops."""
+        return self._options.drain
+
+    @property
+    def queues(self) -> list[str]:
+        """Where its jobs come from, in the order of its consumers."""
+        return list(dict.fromkeys(queue_of(self.orchestrator, one) for one in self._consumers))
+
+    @property
+    def schemas(self) -> list[str]:
+        """What its jobs are checked against; a consumer without a schema takes whatever is in its queue."""
+        known = (self.orchestrator.schemas.get(one.job_type_name) or one.schema() for one in self._consumers)
+        return list(dict.fromkeys(schema.name for schema in known if schema is not None))
+
+    @property
     def handled(self) -> int:
         """How many deliveries were settled, and not handed back."""
         return self._pump.accounts.handled

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Final, Protocol
 
-from mindtrace.jobs.cli import bench, config, dead, demo, dev, publish, queues, status, version
+from mindtrace.jobs.cli import bench, config, dead, demo, dev, publish, queues, status, version, worker
 from mindtrace.jobs.cli.errors import CommandError, Stopped, status_of
 from mindtrace.jobs.cli.output import say
 from mindtrace.jobs.cli.parser import Parser
@@ -32,6 +32,7 @@ class Command(Protocol):
 
 COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
     "demo": (demo, "publish a first job, see it fail once, be retried and succeed"),
+    "worker": (worker, "run an application's consumers until told to stop"),
     "publish": (publish, "hand in one job, or one for each line of stdin"),
     "status": (status, "count the jobs of each queue"),
     "queues": (queues, "list queues, clean or delete one"),

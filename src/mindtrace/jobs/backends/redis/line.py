@@ -109,7 +109,7 @@ class Line:
         self._reader.cancel()
         await asyncio.wait({self._reader})
         # What was not sent is thrown away, by us and by the kernel: minutes later it would be executed once more.
-        with suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError, ValueError):  # it is closed already; the last as uvloop says it
             linger = struct.pack("ii", 1, 0)
             self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self._writer.transport.abort()

@@ -1,0 +1,81 @@
+"""What a worker process says on stderr: a banner and log lines."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mindtrace.jobs.cli.output import say
+from mindtrace.jobs.delivery import escaped
+
+_OURS = "mindtrace.jobs"
+_DRIVERS = ("aio_pika", "aiormq", "pamqp", "redis")  # at debug they would print what jobs hold
+_REMEMBERED = 60.0  # seconds that a warning has to be silent, before it is said again
+_REMEMBERED_MOST = 100  # warnings
+
+
+class Journal:
+    """Where the lines go, and how they look.
+
+    Args:
+        level: the least that is logged.
+        several: processes write to the same place: each line says which.
+    """
+
+    def __init__(self, level: int, *, several: bool) -> None:
+        self._level, self._several = level, several
+
+    def open(self, *, insists: bool) -> None:
+        """Log to stderr from now on. An application that has set up logging of its own keeps it, unless we insist."""
+        root = logging.getLogger()
+        logging.getLogger(_OURS).setLevel(self._level)
+        if root.handlers and not insists:
+            return
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_TextFormatter(self._several))
+        handler.addFilter(_Once())
+        root.handlers[:] = [handler]
+        root.setLevel(self._level)
+        for name in _DRIVERS:
+            logging.getLogger(name).setLevel(max(self._level, logging.INFO))
+
+    def say(self, text: str) -> None:
+        """What somebody asked for, at any level."""
+        say(text)
+
+    def banner(self, facts: Mapping[str, Any]) -> None:
+        """The first lines."""
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            say(f"{name:<{width}}  {value}")
+
+
+class _TextFormatter(logging.Formatter):
+    """Time, level, message; what a message holds cannot forge a line."""
+
+    def __init__(self, several: bool) -> None:
+        super().__init__(f"%(asctime)s {'[%(process)d] ' if several else ''}%(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return escaped(super().formatMessage(record))
+
+
+class _Once(logging.Filter):
+    """Leaves out a warning of ours that has just been said: while a broker is away, each try would say it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING or not record.name.startswith(_OURS):
+            return True
+        text, now = record.getMessage(), time.monotonic()
+        if now - self._said.pop(text, -_REMEMBERED) < _REMEMBERED:
+            self._said[text] = now
+            return False
+        self._said[text] = now
+        if len(self._said) > _REMEMBERED_MOST:
+            del self._said[next(iter(self._said))]
+        return True

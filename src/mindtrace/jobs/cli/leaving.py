@@ -1,0 +1,84 @@
+"""How a process of ours ends in bounded time, whatever the application left behind; and when a terminal has gone."""
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+_REST_WITHIN = 1.0  # seconds for tasks that nobody waits for, and again for generators
+_EXIT_WITHIN = 2.0  # seconds for threads that the interpreter would wait for
+
+
+def run(main: Coroutine[Any, Any, int], new_loop: Callable[[], asyncio.AbstractEventLoop]) -> int:
+    """As `asyncio.run`, which would wait for ever for a task that swallows its cancellation."""
+    loop = new_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        try:
+            return loop.run_until_complete(main)
+        finally:
+            loop.run_until_complete(_end_the_rest())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+class Exit:
+    """The end of the process: waits for the threads that the application left behind, but not for ever."""
+
+    def __init__(self) -> None:
+        self._others = set(threading.enumerate())
+
+    def with_status(self, status: int) -> int:
+        """To be called last. Returns the status that it was given."""
+        if kept_by := [one.name for one in threading.enumerate() if not (one.daemon or one in self._others)]:
+            threading.Thread(target=_leave, args=(status, kept_by), name="mtj-exit", daemon=True).start()
+        return status
+
+
+async def _end_the_rest() -> None:
+    """Cancel what the application left running, and give it its time."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        _, left = await asyncio.wait(tasks, timeout=_REST_WITHIN)
+        for task in left:
+            _log.warning("%s does not end though it was cancelled", task.get_name())
+    try:
+        async with asyncio.timeout(_REST_WITHIN):
+            await asyncio.get_running_loop().shutdown_asyncgens()
+    except TimeoutError:
+        _log.warning("an asynchronous generator does not end though it was closed")
+
+
+def _leave(status: int, kept_by: list[str]) -> None:
+    time.sleep(_EXIT_WITHIN)
+    _log.warning("left without waiting for %s", ", ".join(kept_by))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Terminal:
+    """The one that this process was started from, if it was: SIGHUP also says that it has gone."""
+
+    def __init__(self) -> None:
+        self._was_there = self._is_there()
+
+    def is_gone(self) -> bool:
+        """Whether there was one, and is no more."""
+        return self._was_there and not self._is_there()
+
+    def _is_there(self) -> bool:
+        try:
+            os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,82 @@
+"""What a worker process tells the supervisor that started it: lines of JSON over a socket that the two share.
+
+The socket says a second thing by being there: it ends when either process does, however that came about.
+"""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from mindtrace.jobs.probes import State
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a worker process is.
+
+    Attributes:
+        phase: `starting` until the application is imported and its options are known to be good.
+        alive: as the probe would say.
+        ready: as the probe would say.
+        leave_within: seconds that it may need to end after a first signal.
+        facts: what the probe tells besides.
+        about: what it is, for the banner.
+    """
+
+    phase: Literal["starting", "running"] = "starting"
+    alive: bool = True
+    ready: bool = False
+    leave_within: float = 50.0
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def encode(self) -> bytes:
+        """As a line."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def decode(cls, line: bytes) -> "Report":
+        """Of a line."""
+        return cls(**json.loads(line))
+
+    @property
+    def state(self) -> State:
+        """For a probe."""
+        return State(self.alive, self.ready, self.facts)
+
+
+class Upward:
+    """The worker's end of the socket.
+
+    Args:
+        number: of the open file that the supervisor handed over.
+        orphaned: called, from a thread, once there is no supervisor any more.
+    """
+
+    def __init__(self, number: int, orphaned: Callable[[], None]) -> None:
+        self._socket = socket.socket(fileno=number)
+        self._socket.set_inheritable(False)  # or a process that a job started would keep it open for us
+        self._orphaned = orphaned
+        self._unsent = b""
+        threading.Thread(target=self._listen, name="mtj-supervisor", daemon=True).start()
+
+    def tell(self, report: Report) -> None:
+        """Send it; a supervisor that reads nothing misses some reports, and never half of one."""
+        data = self._unsent or report.encode()
+        try:
+            self._unsent = data[self._socket.send(data, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            self._unsent = data
+        except OSError:  # it is gone: `_listen` says so
+            self._unsent = b""
+
+    def _listen(self) -> None:
+        try:
+            while self._socket.recv(1):
+                pass
+        except OSError:  # reset
+            pass
+        self._orphaned()

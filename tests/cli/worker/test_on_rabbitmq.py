@@ -1,0 +1,30 @@
+"""`mindtrace-jobs worker` on RabbitMQ: several processes, and the second signal."""
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.rabbitmq
+
+
+def test_processes_hand_back_what_they_run_and_others_take_it_with_no_attempt_used(
+    rabbitmq_url: str, site_on: Callable[[str], Any]
+) -> None:
+    site = site_on(rabbitmq_url)
+    site.publish(2, gate=str(site.gate()))
+    command = site.start("app:worker", "--processes", "2", "-c", "1")
+    for _ in range(2):
+        command.out.until("begins . 1$")
+    for said in ("SIGTERM: draining, 1 running", "SIGTERM again: cancelling and handing back 1"):
+        command.send(signal.SIGTERM)
+        for _ in range(2):
+            command.err.until(said)
+    assert command.status(within=10) == 1
+    site.gate().touch()
+    burst = site.start("app:worker", "--burst")
+    assert burst.status() == 0
+    assert {tuple(line.split()[1:]) for line in burst.out.all()} == {
+        ("begins", "1", "1"), ("ends", "1"), ("begins", "2", "1"), ("ends", "2"),
+    }  # fmt: skip

@@ -1,0 +1,137 @@
+"""`worker --processes N`: what the supervisor does when its processes end, and what they do when it does."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.redis
+
+
+def is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def begun_by(command: Any, count: int) -> list[int]:
+    """The processes that begin the next so many runs."""
+    return [int(command.out.until(r"^(\d+) begins")[1]) for _ in range(count)]
+
+
+def test_a_killed_process_is_replaced_and_all_drain_together(
+    site: Any, probe: Callable[[int, str], Any], until: Callable[..., None]
+) -> None:
+    site.publish(2, gate=str(site.gate()))
+    command = site.start("app:worker", "--processes", "2", "-c", "1", "--health-port", "0")
+    port = command.port()
+    one, other = begun_by(command, 2)
+    assert one != other
+    status, told = probe(port, "/readyz")
+    assert (status, {process["pid"] for process in told["processes"]}) == (200, {one, other})
+
+    os.kill(one, signal.SIGKILL)
+    command.err.until(r"worker \d has ended: SIGKILL; started again in 0\.\d s")
+    new = int(command.err.until(r"worker \d started, pid (\d+)")[1])
+    until(lambda: [child["ready"] for child in probe(port, "/livez")[1]["processes"]] == [True, True])
+    assert probe(port, "/livez")[0] == 200
+
+    command.ctrl_c()  # a terminal gives it to all of its foreground, of which only the supervisor is one
+    command.err.until("supervisor: SIGINT, all drain")
+    command.err.until(r"draining, 1 running")
+    site.gate().touch()
+    assert command.status() == 0
+    assert not any(map(is_there, (one, other, new)))
+    assert sum("ends" in line for line in command.out.all()) == 1
+
+
+def test_the_second_and_the_third_signal_reach_all(site: Any, until: Callable[..., None]) -> None:
+    site.publish(1, gate=str(site.gate()))
+    site.publish(1, blocks=60)
+    command = site.start("app:worker", "--processes", "2", "-c", "1")
+    begun_by(command, 2)
+    for said in ("SIGTERM: draining, 1 running", "SIGTERM again: cancelling"):
+        command.send(signal.SIGTERM)
+        for _ in range(2):
+            command.err.until(said)
+    until(lambda: sum(map(is_there, command.children())) == 1)
+    command.send(signal.SIGTERM)
+    assert command.status() == -signal.SIGTERM
+    assert not any(map(is_there, command.children()))
+    assert site.depth().ready == 1
+
+
+def test_processes_end_with_a_supervisor_that_is_killed(site: Any, until: Callable[..., None]) -> None:
+    """And they drain: what runs is finished."""
+    site.publish(2, gate=str(site.gate()))
+    command = site.start("app:worker", "--processes", "2", "-c", "1")
+    pids = begun_by(command, 2)
+    command.send(signal.SIGKILL)
+    for _ in pids:
+        command.err.until("draining, 1 running")
+    site.gate().touch()
+    until(lambda: not any(map(is_there, pids)))
+    assert (site.depth().ready, site.depth().leased) == (0, 0)
+
+
+@pytest.mark.chaos
+def test_a_process_that_says_nothing_is_not_alive(
+    site: Any, probe: Callable[[int, str], Any], until: Callable[..., None]
+) -> None:
+    """As far as anybody knows; its neighbour goes on, so that there is still somebody who is ready."""
+    command = site.start("app:worker", "--processes", "2", "--health-port", "0")
+    port = command.port()
+    until(lambda: [child["ready"] for child in probe(port, "/livez")[1]["processes"]] == [True, True])
+    stopped = command.children()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    until(lambda: probe(port, "/livez")[0] == 503, within=20)
+    assert probe(port, "/readyz")[0] == 200
+    os.kill(stopped, signal.SIGCONT)
+    until(lambda: probe(port, "/livez")[0] == 200)
+    command.send(signal.SIGTERM)
+    assert command.status() == 0
+
+
+def test_hangup_replaces_one_process_after_another_unless_the_new_one_does_not_start(
+    site: Any, until: Callable[..., None]
+) -> None:
+    site.publish(2, gate=str(site.gate()))
+    command = site.start("app:worker", "--processes", "2", "-c", "1")
+    old = begun_by(command, 2)
+    site.write("1 / 0")
+    command.send(signal.SIGHUP)
+    command.err.until("given up, the successor of worker 1: exit status 3")
+    assert all(map(is_there, old))
+
+    site.write((site.folder / "good.py").read_text())
+    command.send(signal.SIGHUP)
+    new = int(command.err.until(r"worker 1 started, pid (\d+)")[1])
+    command.err.until("draining, 1 running")
+    assert [is_there(pid) for pid in (*old, new)] == [True, True, True]  # it waits for the one before it goes on
+    site.gate().touch()
+    command.err.until("rolling restart: done")
+    until(lambda: not any(map(is_there, old)))
+    site.publish(2)
+    assert set(begun_by(command, 2)) <= set(command.children()) - set(old)
+    command.send(signal.SIGTERM)
+    assert command.status() == 0
+
+
+def test_a_process_that_has_run_its_jobs_is_replaced_and_one_that_crashes_is_not_hurried(site: Any) -> None:
+    site.publish(3)
+    command = site.start("app:worker", "--processes", "1", "--max-jobs", "1", "-c", "1")
+    assert len(set(begun_by(command, 3))) == 3
+    command.send(signal.SIGTERM)
+    assert command.status() == 0
+    assert "started again in" not in "\n".join(command.err.all())
+
+    site.write("import os\nos._exit(1)", "crashes.py")
+    command = site.start("crashes:worker", "--processes", "1")
+    pauses = [float(command.err.until(r"exit status 1; started again in (\d+\.\d) s")[1]) for _ in range(2)]
+    assert 0.2 <= pauses[0] <= 0.5 <= pauses[1] <= 1.0
+    command.send(signal.SIGTERM)
+    assert command.status() == 0
