@@ -98,7 +98,7 @@ class Serving:
         self._loop, self._worker = asyncio.get_running_loop(), worker
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
-        plan.journal.open(insists=False)
+        plan.journal.open(insists=plan.insists)
         self._about = self._facts(worker, loaded.target, probes)
         if plan.supervised is None:
             plan.journal.banner({"mindtrace-jobs": version("mindtrace-jobs"), **self._about})

@@ -66,10 +66,11 @@ HEALTH_PORT: Final[Option[int | None]] = one(
 HEALTH_HOST: Final = one(
     "health-host", str, "127.0.0.1", "the address to serve them on; 0.0.0.0 in a container", metavar="HOST"
 )
+LOG_FORMAT: Final = one("log-format", word("text", "json"), "text", "of what is said on stderr", metavar="text|json")
 LOG_LEVEL: Final = one("log-level", word(*_LEVELS), "info", "the least that is logged", metavar="|".join(_LEVELS))
 
 _PASSED_ON: Final[tuple[Option[Any], ...]] = (
-    APP, QUEUE, CONCURRENCY, BURST, MAX_JOBS, MAX_MEMORY, DRAIN, LOOP, LOG_LEVEL, VERBOSE,
+    APP, QUEUE, CONCURRENCY, BURST, MAX_JOBS, MAX_MEMORY, DRAIN, LOOP, LOG_FORMAT, LOG_LEVEL, VERBOSE,
 )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ class Plan:
 
     Attributes:
         target: whose worker.
+        insists: on a log of the command's own, where the application has set up another.
         supervised: the open file over which it tells its supervisor how it is; None where it has none.
     """
 
@@ -92,6 +94,7 @@ class Plan:
     loop: Literal["asyncio", "uvloop"]
     health: tuple[str, int] | None
     journal: Journal
+    insists: bool
     supervised: int | None
 
 
@@ -99,7 +102,7 @@ def add(parser: Parser) -> None:
     """Declare its options."""
     parser.take(
         APP, QUEUE, CONCURRENCY, PROCESSES, BURST, MAX_JOBS, MAX_MEMORY, DRAIN, RELOAD, LOOP,
-        HEALTH_PORT, HEALTH_HOST, LOG_LEVEL,
+        HEALTH_PORT, HEALTH_HOST, LOG_FORMAT, LOG_LEVEL,
     )  # fmt: skip
     parser.add_argument(
         "target", nargs="?", metavar="MODULE:OBJECT", help="a Worker, or a function that gives one; else --app"
@@ -118,6 +121,7 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
     port, is_child = settings[HEALTH_PORT], parsed.supervised is not None
     processes = None if is_child else settings[PROCESSES]
     journal = Journal(
+        settings[LOG_FORMAT],
         logging.getLevelNamesMapping()[settings[LOG_LEVEL].upper()],
         several=is_child or processes is not None,
     )
@@ -132,6 +136,7 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
         _loop(settings[LOOP]),
         None if port is None or is_child else (settings[HEALTH_HOST], port),
         journal,
+        not settings.is_default(LOG_FORMAT),
         parsed.supervised,
     )
     if not is_child and settings[RELOAD]:
