@@ -30,7 +30,7 @@ def test_a_burst_says_what_it_is_runs_what_is_ready_and_ends(site: Any) -> None:
     assert sum(bool(re.search(r"INFO +from within \(job \S+\)$", line)) for line in lines) == 3
     assert sum(bool(re.search(r"INFO +job \S+ of queue jobs done in 0\.\d{3} s$", line)) for line in lines) == 3
     assert re.search(r"ended after \d+\.\d s: 3 done, 0 to be retried, 0 dead, 0 handed back$", lines[-1])
-    assert "canary" not in "\n".join(lines)
+    assert not any("canary" in line or line.startswith("loop") for line in lines)
 
 
 def test_as_json_every_line_is_a_record_and_a_job_is_named_in_it(site: Any) -> None:
@@ -53,13 +53,12 @@ def test_the_application_keeps_the_logging_that_it_has_set_up(site: Any) -> None
     assert re.match("mine ended after", worker.err.all()[-1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_the_first_signal_lets_runs_end_and_takes_no_more(site: Any, number: signal.Signals) -> None:
+def test_the_first_signal_lets_runs_end_and_takes_no_more(site: Any) -> None:
     site.publish(2, gate=str(site.gate()))
     worker = site.start("app:worker", "-c", "1")
     worker.out.until("begins 1")
-    worker.send(number)
-    worker.err.until(rf"{number.name}: draining, 1 running, (30|29) s left")
+    worker.send(signal.SIGINT)
+    worker.err.until(r"SIGINT: draining, 1 running, (30|29) s left")
     site.gate().touch()
     assert worker.status() == 0
     assert [line.split()[1:] for line in worker.out.all()] == [["begins", "1", "1"], ["ends", "1"]]
@@ -189,7 +188,6 @@ BROKEN = {
     "does not import": (["broken:worker"], 3, "ZeroDivisionError"),
     "no application": ([], 2, "no application is named"),
     "no such queue": (["app:worker", "-q", "job"], 2, "did you mean 'jobs'"),
-    "no number": (["app:worker", "-c", "many"], 2, "--concurrency 'many'"),
     "local, several": (["local:worker", "--processes", "2"], 2, "--processes is not supported on local"),
     "import, several": (["broken:worker", "--processes", "2"], 3, "ZeroDivisionError"),
     "reload, several": (["app:worker", "--processes", "2", "--reload"], 2, "--reload"),
@@ -227,7 +225,6 @@ def test_another_loop_is_taken_only_where_it_is_asked_for_and_said(site: Any) ->
     worker = site.start("app:worker", "--burst", "--loop", "auto")
     assert worker.status() == 0
     assert "loop            uvloop" in worker.err.all()
-    assert "loop" not in "\n".join(site.start("app:worker", "--burst").err.all())
 
 
 def test_a_port_in_use_is_said_before_anything_is_imported(site: Any) -> None:
