@@ -16,6 +16,8 @@ from mindtrace.jobs.testing.brokers import Broker
 
 pytestmark = pytest.mark.redis
 
+LOCAL = "from app import *\nworker = Worker(AsyncOrchestrator(LocalBackend()), [Works('jobs')])"
+
 
 def test_a_burst_says_what_it_is_runs_what_is_ready_and_ends(site: Any) -> None:
     site.publish(3)
@@ -183,6 +185,15 @@ def test_it_ends_above_so_much_memory(site: Any) -> None:
     assert worker.status() == 0
 
 
+@pytest.mark.parametrize("words", [["--reload"], ["--processes", "1"]], ids=["reload", "one process"])
+def test_the_local_backend_is_enough_for_one_process(site: Any, words: list[str]) -> None:
+    site.write(LOCAL, "local.py")
+    worker = site.start("local:worker", *words)
+    worker.err.until("queues jobs, concurrency")
+    worker.send(signal.SIGINT)
+    assert worker.status() == 0
+
+
 BROKEN = {
     "no worker": (["app:an_orchestrator"], 2, "is an AsyncOrchestrator, which knows no consumers"),
     "does not import": (["broken:worker"], 3, "ZeroDivisionError"),
@@ -197,7 +208,7 @@ BROKEN = {
 @pytest.mark.parametrize(("words", "status", "said"), BROKEN.values(), ids=BROKEN)
 def test_what_is_wrong_is_one_line_and_a_status(site: Any, words: list[str], status: int, said: str) -> None:
     site.write("1 / 0", "broken.py")
-    site.write("from app import *\nworker = Worker(AsyncOrchestrator(LocalBackend()), [Works('jobs')])", "local.py")
+    site.write(LOCAL, "local.py")
     worker = site.start(*words)
     assert worker.status() == status
     lines = [line for line in worker.err.all() if re.match("mindtrace-jobs( worker)?: ", line)]
@@ -308,15 +319,20 @@ def test_systemd_hears_that_it_receives_lives_and_stops(site: Any) -> None:
         assert worker.status() == 0
 
 
-def test_a_changed_source_file_starts_it_again_and_nobody_waits_for_what_runs(site: Any) -> None:
+def test_a_changed_source_file_starts_it_again_and_nobody_waits_for_what_runs(
+    site: Any, probe: Callable[[int, str], Any], until: Callable[..., None]
+) -> None:
     [job_id] = site.publish(gate=str(site.gate()))
-    worker = site.start("app:worker", "--reload")
+    worker = site.start("app:worker", "--reload", "--health-port", "0")
+    port = worker.port()
     first = worker.out.until(r"^(\d+) begins 1 1$")[1]
+    until(lambda: probe(port, "/readyz")[0] == 200)
     changed = time.monotonic()
     site.write("1 / 0", "app.py")
     worker.err.until("changed: app.py")
     worker.err.until("ZeroDivisionError")
     worker.err.until("started again once a file has changed")
+    assert (probe(port, "/livez")[0], probe(port, "/readyz")[0]) == (200, 503)
     assert time.monotonic() - changed < 15
     site.gate().touch()
     site.write((site.folder / "good.py").read_text(), "app.py")
