@@ -25,7 +25,7 @@ from mindtrace.jobs.testing.brokers import Broker
 CAP = 20.0  # seconds that anything may take before the test gives up on it
 
 APP = '''
-import asyncio, os, sys, threading, time
+import asyncio, logging, os, sys, threading, time
 from pathlib import Path
 from mindtrace.jobs import AsyncConsumer, AsyncOrchestrator, LocalBackend, RabbitMQBackend, RedisBackend, Worker
 
@@ -42,6 +42,7 @@ class Works(AsyncConsumer):
     async def run(self, job_dict):
         data = job_dict["input_data"]
         say("begins", data["n"], job_dict["attempt"])
+        logging.getLogger("shop").info("from within")
         time.sleep(data.get("blocks", 0.0))
         while "gate" in data and not Path(data["gate"]).exists():
             await asyncio.sleep(0.01)

@@ -141,7 +141,10 @@ async def test_a_rolling_restart_of_a_supervisor_loses_and_repeats_nothing(load:
         while len(seen) < PROCESSES:
             seen.add((await asyncio.to_thread(command.out.until, r"^(\d+) begins"))[1])
         command.send(signal.SIGHUP)
-        await asyncio.to_thread(command.err.until, "rolling restart: done", PATIENCE)
+        for _ in range(PROCESSES):
+            left = await asyncio.to_thread(command.err.until, r"has left within (\d+\.\d) s, pid \d+ goes on", PATIENCE)
+            assert float(left[1]) < DRAIN + 2.0
+        await asyncio.to_thread(command.err.until, "rolling restart: done")
         while len(seen) < 2 * PROCESSES:
             seen.add((await asyncio.to_thread(command.out.until, r"^(\d+) begins"))[1])
     command.send(signal.SIGTERM)

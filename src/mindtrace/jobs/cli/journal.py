@@ -1,4 +1,4 @@
-"""What a worker process says on stderr: a banner and log lines."""
+"""What a worker process says on stderr: a banner and log lines, for people or as JSON."""
 
 import logging
 import sys
@@ -8,6 +8,9 @@ from typing import Any
 
 from mindtrace.jobs.cli.output import say
 from mindtrace.jobs.delivery import escaped
+from mindtrace.jobs.logs import JobFilter, JsonFormatter
+
+_log = logging.getLogger(__name__)
 
 _OURS = "mindtrace.jobs"
 _DRIVERS = ("aio_pika", "aiormq", "pamqp", "redis")  # at debug they would print what jobs hold
@@ -19,11 +22,13 @@ class Journal:
     """Where the lines go, and how they look.
 
     Args:
+        form: `text` or `json`.
         level: the least that is logged.
         several: processes write to the same place: each line says which.
     """
 
-    def __init__(self, level: int, *, several: bool) -> None:
+    def __init__(self, form: str, level: int, *, several: bool) -> None:
+        self.form: str = form
         self._level, self._several = level, several
 
     def open(self, *, insists: bool) -> None:
@@ -33,8 +38,9 @@ class Journal:
         if root.handlers and not insists:
             return
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_TextFormatter(self._several))
+        handler.setFormatter(JsonFormatter() if self.form == "json" else _TextFormatter(self._several))
         handler.addFilter(_Once())
+        handler.addFilter(JobFilter())
         root.handlers[:] = [handler]
         root.setLevel(self._level)
         for name in _DRIVERS:
@@ -42,10 +48,19 @@ class Journal:
 
     def say(self, text: str) -> None:
         """What somebody asked for, at any level."""
-        say(text)
+        if self.form == "json":
+            record = logging.makeLogRecord(
+                {"name": __name__, "levelno": logging.INFO, "levelname": "INFO", "msg": text}
+            )
+            print(JsonFormatter().format(record), file=sys.stderr, flush=True)
+        else:
+            say(text)
 
     def banner(self, facts: Mapping[str, Any]) -> None:
-        """The first lines."""
+        """The first lines; as JSON they are one record."""
+        if self.form == "json":
+            _log.info("%s", ", ".join(f"{name} {value}" for name, value in facts.items()))
+            return
         width = max(map(len, facts))
         for name, value in facts.items():
             say(f"{name:<{width}}  {value}")
@@ -58,7 +73,10 @@ class _TextFormatter(logging.Formatter):
         super().__init__(f"%(asctime)s {'[%(process)d] ' if several else ''}%(levelname)-7s %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return escaped(super().formatMessage(record))
+        text, job_id = super().formatMessage(record), getattr(record, "job_id", "")
+        if job_id and not record.name.startswith(_OURS):  # the library's own lines name theirs
+            text = f"{text} (job {job_id})"
+        return escaped(text)
 
 
 class _Once(logging.Filter):

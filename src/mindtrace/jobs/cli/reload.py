@@ -11,6 +11,7 @@ from watchfiles import PythonFilter, awatch  # pyright: ignore[reportUnknownVari
 
 from mindtrace.jobs.cli.children import Child, described
 from mindtrace.jobs.cli.errors import CommandError
+from mindtrace.jobs.probes import State
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,13 @@ class Reloader:
             signal.signal(self._signals[-1], signal.SIG_DFL)
             os.kill(os.getpid(), self._signals[-1])
         return status if status >= 0 else 1
+
+    def state(self) -> State:
+        """For the probes, from any thread."""
+        child = self._child
+        if child is None or child.ended.done():
+            return State(True, False, {"phase": "waiting for a change"})
+        return State(child.alive, child.ready, child.report.facts)
 
     async def _keep(self) -> int:
         while True:

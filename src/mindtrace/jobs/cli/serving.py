@@ -93,14 +93,14 @@ class Serving:
     async def _serve(self, loaded: target.Loaded, probes: Probes | None) -> int:
         plan, began = self._plan, time.monotonic()
         worker = await self._made(loaded)
-        if plan.supervised is not None and worker.orchestrator.backend.traits.name == "local":
+        if (plan.processes or 1) > 1 and worker.orchestrator.backend.traits.name == "local":
             raise UsageError(str(NotSupported("--processes", "local", "a broker that several processes can reach")))
         self._loop, self._worker = asyncio.get_running_loop(), worker
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
-        plan.journal.open(insists=False)
+        plan.journal.open(insists=plan.insists)
         self._about = self._facts(worker, loaded.target, probes)
-        if plan.supervised is None:
+        if plan.processes is None:  # else the supervisor says it, once for all
             plan.journal.banner({"mindtrace-jobs": version("mindtrace-jobs"), **self._about})
         orchestrator = worker.orchestrator
         try:
@@ -144,7 +144,7 @@ class Serving:
         backend = worker.orchestrator.backend
         where = repr(backend)
         return {
-            "worker": name if self._plan.supervised is not None else f"{name}, pid {os.getpid()}",
+            "worker": name if self._plan.processes is not None else f"{name}, pid {os.getpid()}",
             "backend": backend.traits.name if " object at " in where else where.strip("<>"),
             "queues": ", ".join(worker.queues),
             "schemas": ", ".join(worker.schemas) or "none",

@@ -236,8 +236,12 @@ class Supervisor:
                 place.successor = None
                 new.end()
             return False
+        asked = time.monotonic()
         old.end()
         await asyncio.wait({old.ended})
+        _log.info(
+            "%s: pid %d has left within %.1f s, pid %d goes on", old.name, old.pid, time.monotonic() - asked, new.pid
+        )
         return True
 
     # --- signals

@@ -66,10 +66,12 @@ HEALTH_PORT: Final[Option[int | None]] = one(
 HEALTH_HOST: Final = one(
     "health-host", str, "127.0.0.1", "the address to serve them on; 0.0.0.0 in a container", metavar="HOST"
 )
+LOG_FORMAT: Final = one("log-format", word("text", "json"), "text", "of what is said on stderr", metavar="text|json")
 LOG_LEVEL: Final = one("log-level", word(*_LEVELS), "info", "the least that is logged", metavar="|".join(_LEVELS))
 
 _PASSED_ON: Final[tuple[Option[Any], ...]] = (
-    APP, QUEUE, CONCURRENCY, BURST, MAX_JOBS, MAX_MEMORY, DRAIN, LOOP, LOG_LEVEL, VERBOSE,
+    APP, QUEUE, CONCURRENCY, PROCESSES, BURST, MAX_JOBS, MAX_MEMORY, DRAIN, RELOAD, LOOP, LOG_FORMAT, LOG_LEVEL,
+    VERBOSE,
 )  # fmt: skip
 
 
@@ -79,10 +81,13 @@ class Plan:
 
     Attributes:
         target: whose worker.
+        processes: how many run it, under a supervisor; None for this one alone.
+        insists: on a log of the command's own, where the application has set up another.
         supervised: the open file over which it tells its supervisor how it is; None where it has none.
     """
 
     target: str
+    processes: int | None
     queues: tuple[str, ...]
     concurrency: int | None
     burst: bool
@@ -92,6 +97,7 @@ class Plan:
     loop: Literal["asyncio", "uvloop"]
     health: tuple[str, int] | None
     journal: Journal
+    insists: bool
     supervised: int | None
 
 
@@ -99,7 +105,7 @@ def add(parser: Parser) -> None:
     """Declare its options."""
     parser.take(
         APP, QUEUE, CONCURRENCY, PROCESSES, BURST, MAX_JOBS, MAX_MEMORY, DRAIN, RELOAD, LOOP,
-        HEALTH_PORT, HEALTH_HOST, LOG_LEVEL,
+        HEALTH_PORT, HEALTH_HOST, LOG_FORMAT, LOG_LEVEL,
     )  # fmt: skip
     parser.add_argument(
         "target", nargs="?", metavar="MODULE:OBJECT", help="a Worker, or a function that gives one; else --app"
@@ -115,14 +121,11 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
             'no application is named: give MODULE:OBJECT, or app = "module:object" in [tool.mindtrace-jobs] of'
             " pyproject.toml"
         )
-    port, is_child = settings[HEALTH_PORT], parsed.supervised is not None
-    processes = None if is_child else settings[PROCESSES]
-    journal = Journal(
-        logging.getLevelNamesMapping()[settings[LOG_LEVEL].upper()],
-        several=is_child or processes is not None,
-    )
+    port, processes, is_child = settings[HEALTH_PORT], settings[PROCESSES], parsed.supervised is not None
+    level = logging.getLevelNamesMapping()[settings[LOG_LEVEL].upper()]
     plan = Plan(
         target,
+        processes,
         settings[QUEUE],
         settings[CONCURRENCY],
         settings[BURST],
@@ -131,16 +134,17 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
         settings[DRAIN],
         _loop(settings[LOOP]),
         None if port is None or is_child else (settings[HEALTH_HOST], port),
-        journal,
+        Journal(settings[LOG_FORMAT], level, several=processes is not None),
+        not settings.is_default(LOG_FORMAT),
         parsed.supervised,
     )
-    if not is_child and settings[RELOAD]:
+    if is_child:
+        return _serve(plan)
+    if settings[RELOAD]:
         if processes is not None:
             raise UsageError("--reload and --processes: one process is what can be reloaded")
         return _reload(plan, _words(parsed, settings))
-    if processes is not None:
-        return _supervise(plan, _words(parsed, settings), processes)
-    return _serve(plan)
+    return _serve(plan) if processes is None else _supervise(plan, _words(parsed, settings), processes)
 
 
 def _loop(wanted: str) -> Literal["asyncio", "uvloop"]:
@@ -207,6 +211,11 @@ def _reload(plan: Plan, words: list[str]) -> int:
     if find_spec("watchfiles") is None:
         raise MissingExtra("--reload", "reload")
     from mindtrace.jobs.cli.reload import Reloader
+    from mindtrace.jobs.probes import Probes
 
     plan.journal.open(insists=True)
-    return asyncio.run(Reloader(words).run())
+    reloader = Reloader(words)
+    with nullcontext() if plan.health is None else Probes(*plan.health, reloader.state) as probes:
+        if probes is not None:
+            plan.journal.banner({"health": probes.url})
+        return asyncio.run(reloader.run())
