@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from mindtrace.jobs import AsyncOrchestrator, Orchestrator, Worker
-from mindtrace.jobs.cli.errors import CommandError
 from mindtrace.jobs.cli.target import load
 
 from .conftest import CANARY, Cli
@@ -59,19 +58,6 @@ def test_a_target_is_an_object_or_a_function_that_gives_one(folder: Path, target
     loaded = load(target)
     assert isinstance(asyncio.run(loaded.app()), kind)
     assert loaded.target == target
-
-
-def test_the_target_may_be_left_to_the_environment_and_to_pyproject(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "good.py").write_text(GOOD, "utf-8")
-    with pytest.raises(CommandError, match="pyproject") as none:
-        load()
-    assert none.value.status == 2
-    (folder / "pyproject.toml").write_text('[tool.mindtrace-jobs]\napp = "good:jobs"', "utf-8")
-    assert isinstance(load().found, AsyncOrchestrator)
-    monkeypatch.setenv("MINDTRACE_JOBS_APP", "good:worker")
-    assert isinstance(load().found, Worker)
 
 
 BAD = """

@@ -117,7 +117,7 @@ async def test_each_end_of_a_delivery_counts_in_its_own_number(
     assert numbers(again) == next_one
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ends=st.lists(st.sampled_from(["retry", "release", "replay"]), max_size=12))
 async def test_the_numbers_add_up_over_any_life_of_a_job(
     backend: Backend, new_queue: NewQueue, ends: Sequence[str]

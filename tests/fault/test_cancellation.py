@@ -33,7 +33,7 @@ from mindtrace.jobs.testing.faults import CancelAt, Distant, Ended, every_suspen
 if TYPE_CHECKING:
     from tests.fault.conftest import World
 
-pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.local]
+pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.local, pytest.mark.chaos]
 
 PATIENCE = 5.0
 NewWorld = Callable[[], "World"]

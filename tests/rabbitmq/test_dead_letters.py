@@ -61,6 +61,7 @@ async def ran(world: "World", queue: str, count: int) -> list[JobId]:
     return ids
 
 
+@pytest.mark.chaos
 async def test_two_thousand_dead_letters_are_listed_replayed_and_purged_as_they_are_counted(world: "World") -> None:
     queue, letters = await world.queue(), world.backend.dead_letters("jobs")
     ids = await died(world, 2000)
@@ -106,6 +107,7 @@ async def test_two_replays_at_once_yield_one_job(world: "World") -> None:
         assert await ran(world, queue, 1) == [job_id]
 
 
+@pytest.mark.chaos
 async def test_two_who_look_at_once_lose_nothing_and_each_finds_all_afterwards(world: "World") -> None:
     """What the one reads the other does not see meanwhile; here in one process each waits for its turn."""
     queue = await world.queue()

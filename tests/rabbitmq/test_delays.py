@@ -131,6 +131,7 @@ async def test_a_delay_of_an_hour_passes_all_its_levels_in_time(
     assert await world.somebody.count(f"{highest + 1}.hold") is None
 
 
+@pytest.mark.chaos
 async def test_delays_go_on_over_the_death_of_the_broker(
     own_broker: brokers.Broker, new_world: NewWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,10 +167,11 @@ async def test_through_an_outage_a_worker_is_alive_and_not_ready_and_tells_when_
 @pytest.mark.redis
 async def test_a_worker_whose_leases_nobody_keeps_is_not_alive(consumer: Make, start: Start, redis_url: str) -> None:
     async with AsyncOrchestrator(RedisBackend.from_url(redis_url, namespace="unkept")) as orchestrator:
-        worker = Worker(orchestrator, [consumer(nothing)], lease=1.0)
+        worker, before = Worker(orchestrator, [consumer(nothing)], lease=1.0), threading.enumerate()
         start(worker)
         await until(lambda: worker.health().ready)
-        [keeper] = [thread for thread in threading.enumerate() if thread.name == "mindtrace-jobs keeper"]
+        started = [thread for thread in threading.enumerate() if thread not in before]
+        [keeper] = [thread for thread in started if thread.name == "mindtrace-jobs keeper"]
         assert keeper.ident is not None
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(keeper.ident), ctypes.py_object(SystemExit))
         await until(lambda: not worker.health().keeping)

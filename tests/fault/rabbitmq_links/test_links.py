@@ -25,7 +25,7 @@ from mindtrace.jobs.testing.brokers import Broker
 from mindtrace.jobs.testing.proxy import Amqp, FaultProxy
 from mindtrace.jobs.wire import Message
 
-pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.rabbitmq]
+pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.rabbitmq, pytest.mark.chaos]
 
 Opened = Callable[..., Awaitable[RabbitMQBackend]]
 Ctl = Callable[[str], Awaitable[None]]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from mindtrace.jobs.cli.errors import AppError, UsageError, did_you_mean
-from mindtrace.jobs.cli.settings import APP, Settings
 from mindtrace.jobs.errors import BackendUnavailable, ConfigError
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.sync import Orchestrator
@@ -53,23 +52,17 @@ class Loaded:
         return _checked(self.target, found)
 
 
-def load(target: str | None = None) -> Loaded:
+def load(target: str) -> Loaded:
     """Import the target, with the current directory on `sys.path`; a plain function is called, an async one is not yet.
 
     Args:
-        target: `module:object`; None takes `MINDTRACE_JOBS_APP`, then `app` of `[tool.mindtrace-jobs]`.
+        target: `module:object`.
 
     Raises:
         UsageError: it is no such text, the module has no such object, or the object is of no use.
         AppError: the module does not import, or the function raised.
         BackendUnavailable: the import, or the function, found no broker.
     """
-    target = Settings.of_here()[APP] if target is None else target
-    if target is None:
-        raise UsageError(
-            'no application is named: give MODULE:OBJECT, or app = "module:object" in [tool.mindtrace-jobs] of'
-            " pyproject.toml"
-        )
     module, separator, path = target.partition(":")
     if not separator or not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
         raise UsageError(f"{target!r} is no target: MODULE:OBJECT, such as shop.jobs:worker")

@@ -30,6 +30,8 @@ REDIS_DURABILITY: Final[Mapping[str, str]] = MappingProxyType(
 )
 """What a Redis that holds jobs has to be set to: it loses at most a second of them, and never evicts one."""
 
+_MEMORY = "/dev/shm"  # noqa: S108 (a folder of a name that nobody knows is made in it)
+_PLENTY = 4 * 1024**3  # bytes
 _STOP_WITHIN = 10.0
 
 
@@ -94,7 +96,7 @@ class Server:
         self._epmd = self._ports.pop() if make.ports > 1 else None  # in no group of ours, and it outlives a restart
         self._process: subprocess.Popen[bytes] | None = None
         self.url: str = make.url.format(host="127.0.0.1", port=self._ports[0])
-        self.directory: Path = Path(tempfile.mkdtemp(prefix=f"mtj-{make.kind}-"))
+        self.directory: Path = Path(tempfile.mkdtemp(prefix=f"mtj-{make.kind}-", dir=_in_memory()))
         self._log = self.directory / "server.log"
         ports = [*self._ports, self._epmd] if self._epmd else self._ports
         with ExitStack() as undo:
@@ -187,6 +189,18 @@ class Server:
             with suppress(BrokenPipeError):
                 self._heir.stdin.write(f"{line}\n".encode())
                 self._heir.stdin.flush()
+
+
+def _in_memory() -> str | None:
+    """A file system in memory, if it has plenty of room; None: wherever temporary files go, as $TMPDIR says.
+
+    What a private broker keeps ends with it, and need not survive the machine. A RabbitMQ that does not wait for a disk
+    at each queue and each confirm took 0.7 of the time for a part of the contract suite.
+    """
+    with suppress(OSError):
+        if not os.environ.get("TMPDIR") and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _PLENTY:
+            return _MEMORY
+    return None
 
 
 def _free_ports(count: int) -> list[int]:
