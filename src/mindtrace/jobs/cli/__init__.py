@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         application does not import, or an extra is missing; 4 no broker, or it refuses the login; 130 Ctrl-C, 143
         SIGTERM.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it was closed by whoever started us)
     parser = _parser()
     settings: Settings | None = None
     try:
@@ -64,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its exit
         return 141
+    except OSError as error:  # a full disk under our output, say
+        say(f"{_PROGRAM}: {error}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except SystemExit as left:  # --help and --version
         return left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:

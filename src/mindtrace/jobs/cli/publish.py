@@ -232,7 +232,7 @@ class _Stream:
 
     def _say_how_to_resume(self) -> None:
         done = f"{counted(self.published, 'job')} published, {counted(self.refused, 'line')} refused"
-        say(f"{done}: lines 1 to {self.through:,} are done")
+        say(f"{done}: {f'lines 1 to {self.through:,} are done' if self.through else 'no line is done'}")
         say(f"to go on: the same command and lines, with --skip {self.through}")
         if self._beyond:
             say(f"{self._beyond:,} of the lines after that are stored as well, and will be published a second time")

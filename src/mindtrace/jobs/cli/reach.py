@@ -11,7 +11,7 @@ from mindtrace.jobs.cli.errors import CommandError, UsageError, did_you_mean
 from mindtrace.jobs.cli.output import logging_to_stderr, say
 from mindtrace.jobs.cli.parser import Parser
 from mindtrace.jobs.cli.running import run
-from mindtrace.jobs.cli.settings import APP, URL, VERBOSE, Option, Settings, one
+from mindtrace.jobs.cli.settings import APP, URL, VERBOSE, Option, Settings, broker_for_the_application, one
 from mindtrace.jobs.cli.target import App, Loaded, load
 from mindtrace.jobs.errors import QueueNotFound
 from mindtrace.jobs.job import JobSchema, checked_namespace
@@ -75,8 +75,8 @@ def on_broker(settings: Settings, work: Callable[[Reach], Awaitable[int]]) -> in
         CommandError: no queue of a name; the text says which one was probably meant.
         Stopped: a signal ended it.
     """
-    loaded = None if settings[APP] is None else load(settings[APP])
-    with logging_to_stderr(settings[VERBOSE]):
+    with broker_for_the_application(settings), logging_to_stderr(settings[VERBOSE]):
+        loaded = None if settings[APP] is None else load(settings[APP])
         return run(_work(settings, loaded, work))
 
 
@@ -88,7 +88,7 @@ async def _work(settings: Settings, loaded: Loaded | None, work: Callable[[Reach
             known = set(reach.names)
             if reach.jobs.backend.traits.lists_queues:
                 known |= {spec.name for spec in await reach.jobs.queues()}
-            raise CommandError(f"no queue {error.queue!r}{did_you_mean(error.queue, known)}") from error
+            raise CommandError(f"no queue {error.queue!r}{did_you_mean(error.queue, known - {error.queue})}") from error
 
 
 @asynccontextmanager

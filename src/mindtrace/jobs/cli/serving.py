@@ -103,6 +103,8 @@ class Serving:
         if plan.processes is None:  # else the supervisor says it, once for all
             plan.journal.banner({"mindtrace-jobs": version("mindtrace-jobs"), **self._about})
         orchestrator = worker.orchestrator
+        if orchestrator.backend.traits.name == "local":
+            _log.warning("the local backend: only this process can hand in jobs; MINDTRACE_JOBS_URL names a broker")
         try:
             if plan.burst:
                 await orchestrator.open()  # there is nothing to wait for: no broker is an error

@@ -7,7 +7,8 @@ that something is destroyed is no `Option` but a plain argument: a variable some
 
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,6 +166,8 @@ URL: Final = one(
     show=shown,
     secret=True,
 )
+BROKER: Final = f"{PREFIX}URL"
+"""The variable in which `connect()` without a URL looks."""
 APP: Final[Option[str | None]] = one(
     "app", str, None, "the application, whose broker, schemas and queues are meant", metavar="MODULE:OBJECT"
 )
@@ -317,3 +320,23 @@ def _is_table(value: object) -> TypeGuard[dict[str, Any]]:
 
 def _is_plain(value: object) -> bool:
     return isinstance(value, str | int | float)
+
+
+@contextmanager
+def broker_for_the_application(settings: Settings) -> Generator[None]:
+    """In the block `connect()` without a URL leads to the broker of these settings, if they name one."""
+    with nullcontext() if settings.is_default(URL) else broker_is(settings[URL]):
+        yield
+
+
+@contextmanager
+def broker_is(url: str) -> Generator[None]:
+    """In the block `connect()` without a URL leads there, also in processes that are started in it."""
+    before = os.environ.get(BROKER)
+    os.environ[BROKER] = url
+    try:
+        yield
+    finally:
+        del os.environ[BROKER]
+        if before is not None:
+            os.environ[BROKER] = before

@@ -47,7 +47,7 @@ class Loaded:
             found = await self._factory()
         except (BackendUnavailable, AppError):
             raise
-        except Exception as error:  # the user's code
+        except (Exception, SystemExit) as error:  # the user's code
             raise _failed(self.target, error) from error
         return _checked(self.target, found)
 

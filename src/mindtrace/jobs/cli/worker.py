@@ -14,7 +14,20 @@ from mindtrace.jobs.cli import leaving
 from mindtrace.jobs.cli.errors import CommandError, MissingExtra, UsageError, status_of
 from mindtrace.jobs.cli.journal import Journal
 from mindtrace.jobs.cli.parser import Parser
-from mindtrace.jobs.cli.settings import APP, VERBOSE, Option, Settings, many, one, seconds, switch, whole, word
+from mindtrace.jobs.cli.settings import (
+    APP,
+    URL,
+    VERBOSE,
+    Option,
+    Settings,
+    broker_for_the_application,
+    many,
+    one,
+    seconds,
+    switch,
+    whole,
+    word,
+)
 from mindtrace.jobs.errors import JobsError
 from mindtrace.jobs.job import checked_queue_name
 
@@ -104,7 +117,7 @@ class Plan:
 def add(parser: Parser) -> None:
     """Declare its options."""
     parser.take(
-        APP, QUEUE, CONCURRENCY, PROCESSES, BURST, MAX_JOBS, MAX_MEMORY, DRAIN, RELOAD, LOOP,
+        APP, URL, QUEUE, CONCURRENCY, PROCESSES, BURST, MAX_JOBS, MAX_MEMORY, DRAIN, RELOAD, LOOP,
         HEALTH_PORT, HEALTH_HOST, LOG_FORMAT, LOG_LEVEL,
     )  # fmt: skip
     parser.add_argument(
@@ -138,13 +151,14 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
         not settings.is_default(LOG_FORMAT),
         parsed.supervised,
     )
-    if is_child:
-        return _serve(plan)
-    if settings[RELOAD]:
-        if processes is not None:
-            raise UsageError("--reload and --processes: one process is what can be reloaded")
-        return _reload(plan, _words(parsed, settings))
-    return _serve(plan) if processes is None else _supervise(plan, _words(parsed, settings), processes)
+    if settings[RELOAD] and processes is not None and not is_child:
+        raise UsageError("--reload and --processes: one process is what can be reloaded")
+    with broker_for_the_application(settings):  # which the processes of a supervisor find in their environment
+        if is_child:
+            return _serve(plan)
+        if settings[RELOAD]:
+            return _reload(plan, _words(parsed, settings))
+        return _serve(plan) if processes is None else _supervise(plan, _words(parsed, settings), processes)
 
 
 def _loop(wanted: str) -> Literal["asyncio", "uvloop"]:
