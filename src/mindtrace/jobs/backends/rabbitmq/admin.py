@@ -1,5 +1,6 @@
 """`Admin`: looks at queues and makes them, on a channel that is thrown away when the server refuses something."""
 
+import asyncio
 import logging
 import secrets
 import time
@@ -21,6 +22,7 @@ _T = TypeVar("_T")
 
 _NOT_FOUND, _DIFFERENT = 404, 406
 _PROBES = 6
+_IDLE_CHANNELS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Admin:
 
     def __init__(self, link: Link, topology: Topology) -> None:
         self._link, self._topology = link, topology
-        self._channel: Channel | None = None
+        self._idle: list[Channel] = []
         self._units = 0  # the longest delay for which there are levels
 
     async def look(self, queue: str) -> Kept | None:
@@ -192,23 +194,35 @@ class Admin:
         return await (await self._link.connected(REPLY_WITHIN)).channel()
 
     async def _on_a_channel(self, ask: Callable[[Channel], Awaitable[_T]]) -> _T:
+        """Ask on a channel that nobody else uses meanwhile: the server closes it for a refusal, which is this call's.
+
+        It is used again only after an answer: of a call that was cancelled the next one would get the refusal.
+        """
         deadline = time.monotonic() + REPLY_WITHIN
         while True:
             line = await self._link.connected(max(0.0, deadline - time.monotonic()))
+            self._idle = [channel for channel in self._idle if not channel.is_closed]
+            channel: Channel | None = self._idle.pop() if self._idle else None
+            answered = False
             try:
-                channel = self._channel
-                if channel is None or channel.is_closed:
-                    channel = self._channel = await line.channel()
-                return await ask(channel)
+                if channel is None:
+                    channel = await line.channel()
+                answer = await ask(channel)
+                answered = True
             except (ChannelClosed, AuthenticationFailed):
                 raise
             except BackendUnavailable:
-                if not line.lost.done():  # silent: nothing that is asked of it later should wait behind this
-                    if self._channel is not None:
-                        self._channel.begin_close()
+                if not line.lost.done() or time.monotonic() >= deadline:
                     raise
-                if time.monotonic() >= deadline:
-                    raise
+                await asyncio.sleep(0)  # the link has yet to see that this line is lost
+                continue
+            finally:
+                if channel is not None:
+                    if answered and len(self._idle) < _IDLE_CHANNELS:
+                        self._idle.append(channel)
+                    else:
+                        channel.begin_close()
+            return answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ class Call:
     limit: int
     wait: float
     gone: bool = False  # its caller waits no longer
+    number: int = 0  # which call this is
 
 
 class Consuming:
@@ -86,7 +87,7 @@ class Consuming:
             strict=strict,
             came=self._on_came,
             changed=self.wake,
-            given_up=lambda: self.nudged or self._ended,
+            given_up=lambda: self.nudged or self._ended or (self._call is not None and self._call.gone),
         )
         self._names = self._holdings.names
         self._lease, self._max_stall, self._ask = lease, max_stall, ask
@@ -98,6 +99,7 @@ class Consuming:
         self._releasing: asyncio.Task[None] | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._calls = 0
+        self._call: Call | None = None  # the one whose turn it is
         self._watch: asyncio.TimerHandle | None = None
         self._asked = 0.0
         self._ended = False
@@ -122,9 +124,11 @@ class Consuming:
         if self._idle is not None:
             self._idle.cancel()
         self._calls += 1
+        call.number = self._calls
         try:
             async with self._turn:
-                settled = await self._settled(call) if call.pairs else []
+                self._call = call
+                settled = await self._settling.settle(call.pairs) if call.pairs else []
                 if self._ended:
                     if call.pairs:
                         return Exchanged(settled, [])
@@ -138,7 +142,8 @@ class Consuming:
                 missing = self._intake.missing
                 return Exchanged(settled, deliveries, tuple(name for name in self._names if name in missing))
         finally:
-            self.nudged = False
+            if not call.gone:  # else the nudge is for the next one
+                self.nudged = False
             self._watch_soon()
 
     def end_wait(self, call: Call) -> None:
@@ -179,6 +184,7 @@ class Consuming:
         for timer in (self._watch, self._ahead_timer, self._idle):
             if timer is not None:
                 timer.cancel()
+        released: list[Delivery] = []
         try:
             async with asyncio.timeout(max(0.0, until - time.monotonic())):
                 if self._turn is not None:
@@ -188,45 +194,43 @@ class Consuming:
                 self._holdings.take_ahead()
                 await self._settling.settle([(delivery, Release()) for delivery in released], until)
                 await self._intake.flush(until)
-        except TimeoutError:
-            released = []
-        self._holdings.lose_all(released)
-        self._intake.close()
+        except (TimeoutError, JobsError) as error:
+            _log.debug("a receiver was not left in order: %s", error)
+        finally:
+            self._holdings.lose_all(released)
+            self._intake.close()
 
     # --- taking
-
-    async def _settled(self, call: Call) -> list[Settled]:
-        if call.limit == 0 and self._intake.is_pushed_to:
-            # Before the acknowledgements, which would have the server push more.
-            await self._intake.pause()
-            self._left = True
-        return await self._settling.settle(call.pairs)
 
     async def _take(self, call: Call) -> list[Delivery]:
         until = time.monotonic() + call.wait
         if min(call.limit, self._holdings.room) > 0:
             await self._fetch(call, until)
         deliveries = self._handed_over(call)
-        if not deliveries and not call.pairs:
-            if call.wait > 0 and not self.nudged and not (call.limit > 0 and self._intake.missing):
-                await self._wait(call, until)
-                deliveries = self._handed_over(call)
-            if not deliveries and self._intake.is_pushed_to:
-                self._idle = asyncio.get_running_loop().call_later(_IDLE, self._begin_release, self._calls)
+        if not deliveries and not call.pairs and call.wait > 0 and not self.nudged and not self._lacks(call):
+            await self._wait(call, until)
+            deliveries = self._handed_over(call)
+        if not deliveries and self._intake.is_pushed_to and (call.limit == 0 or not call.pairs):
+            self._idle = asyncio.get_running_loop().call_later(_IDLE, self._begin_release, call.number)
         if self._lease is not None:
             await self._intake.pause()
         return deliveries
 
+    def _lacks(self, call: Call) -> bool:
+        """Whether a queue is not there that it would take from."""
+        return call.limit > 0 and bool(self._intake.missing) and self._holdings.room > 0
+
     async def _fetch(self, call: Call, until: float) -> None:
         """Have what there is come, and with a wait have the server push what comes later."""
         holdings, intake = self._holdings, self._intake
+        # Whoever works has something to do meanwhile. Of several queues the server would push ahead as many from each.
+        may_come_later = bool(call.pairs) and len(self._names) == 1 and call.wait > 0
         if intake.is_pushed_to and call.wait <= 0 and not call.pairs and not holdings.any_ahead:
             await intake.pause()  # that nothing was pushed yet is no proof that there is nothing
-        if not intake.is_pushed_to and len(self._names) <= _GET_AT_MOST and not holdings.any_ahead:
+        if not (intake.is_pushed_to or holdings.any_ahead or may_come_later) and len(self._names) <= _GET_AT_MOST:
             limit = min(call.limit, holdings.room)
             await intake.get(limit, 0.0 if call.pairs else max(_CONNECT_WITHIN, call.wait))
-        # Of several queues the server would push ahead as many from each: only while there is nothing to get.
-        if call.wait > 0 and (not holdings.any_ahead or (call.pairs and len(self._names) == 1)):
+        if call.wait > 0 and (may_come_later or not holdings.any_ahead):
             await self._consume(call, until)
 
     async def _consume(self, call: Call, until: float) -> None:
@@ -256,7 +260,7 @@ class Consuming:
                 self._changed.clear()
                 if self.nudged or call.gone or self._ended:
                     break
-                if takes and (holdings.any_ahead or self._intake.missing):
+                if takes and (holdings.any_ahead or self._lacks(call)):
                     break
                 left = until - time.monotonic()
                 if left <= 0:

@@ -95,11 +95,18 @@ class Holdings:
         """It has come, and is the next call's."""
         self.held[delivery] = held
         self._ahead[held.queue].append(delivery)
-        if self._lease is not None:
-            asyncio.get_running_loop().call_later(self._lease, self._lapse, delivery)
 
     def hand_over(self, limit: int) -> list[Delivery]:
-        """What came ahead, up to so many: in order of the queues if strict, else in turns."""
+        """What came ahead, up to so many; where leases end by time, theirs begin now."""
+        taken = self._next_ones(limit)
+        if self._lease is not None:
+            for delivery in taken:
+                delivery.deadline = time.monotonic() + self._lease
+                asyncio.get_running_loop().call_later(self._lease, self._lapse, delivery)
+        return taken
+
+    def _next_ones(self, limit: int) -> list[Delivery]:
+        """In order of the queues if strict, else in turns."""
         taken: list[Delivery] = []
         names = self.names
         if self._strict or len(names) == 1:
@@ -194,17 +201,13 @@ class Holdings:
         self.held.pop(delivery, None)
 
     def _lapse(self, delivery: Delivery) -> None:
-        """Its time may be over."""
+        """Its time may be over; of one that was put back it begins anew when somebody gets it."""
         held = self.held.get(delivery)
-        if held is None:
+        if held is None or delivery in self._ahead[delivery.queue]:
             return
         left = delivery.deadline - time.monotonic()
         if left > 0:
             asyncio.get_running_loop().call_later(left, self._lapse, delivery)
             return
         self.give_back(delivery.message, held)
-        if delivery in self._ahead[delivery.queue]:
-            self._ahead[delivery.queue].remove(delivery)
-            self._drop(delivery)
-        else:
-            self.lose(delivery)
+        self.lose(delivery)

@@ -1,7 +1,7 @@
 """`Intake`: the two channels by which deliveries come to a receiver, and what is done with each that comes.
 
     gets     asked one by one: the answer tells for certain whether there was anything
-    pushes   consumers, one for each queue: the server hands over up to `slots` by itself
+    pushes   consumers: the server hands over by itself, together with what was got up to `slots` of each queue
 
 Each on a channel of its own: 3.10.8 ended the whole connection with an internal error when a quorum queue pushed to a
 channel that still held what it had got there. The channel gone, all that is out on it is lost at once.
@@ -12,7 +12,9 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from pamqp import commands
 
@@ -32,6 +34,8 @@ _log = logging.getLogger(__name__)
 _CONNECT_WITHIN = 5.0
 _LOOK = 0.25  # seconds between looks whether somebody still waits for a connection
 _A_MOMENT = 0.05
+_QUIET = 0.03  # seconds without a delivery, after which none is thought to be on its way
+_QUIET_WITHIN = 0.5
 
 
 class Intake:
@@ -71,7 +75,7 @@ class Intake:
         self._gets: Lane | None = None
         self._pushes: Lane | None = None
         self._consumers: dict[str, str] = {}  # tag -> queue, of all that the channel for pushes ever had
-        self._active: set[str] = set()  # tags of those that are not cancelled
+        self._active: dict[str, int] = {}  # tag -> prefetch, of those that are not cancelled
         self._numbers = itertools.count(1)
         self._closed = False
 
@@ -106,14 +110,21 @@ class Intake:
     async def flush(self, until: float) -> None:
         """Have the queues know of all acknowledgements, before the channels are closed."""
         for lane in (self._gets, self._pushes):
-            if lane is None or not lane.is_dirty:
-                continue
-            for name in self._names:
-                content = await lane.flush(self._topology.queue(name))
-                if content is not None:  # that was the price
-                    self._came(lane, name, content)
-                    returned = [(delivery, Release()) for delivery in self._holdings.take_ahead()]
-                    await self._settling.settle(returned, until)
+            if lane is not None and lane.is_dirty:
+                try:
+                    await self._flush(lane, until)
+                except BackendUnavailable as error:
+                    _log.warning("what was acknowledged last may be run again: %s", error)
+
+    async def _flush(self, lane: Lane, until: float) -> None:
+        for name in self._names:
+            if await self._post.admin.look(self._topology.queue(name)) is None:
+                continue  # a get from it would close the channel, with what waits in it
+            content = await lane.flush(self._topology.queue(name))
+            if content is not None:  # that was the price
+                self._came(lane, name, content)
+                returned = [(delivery, Release()) for delivery in self._holdings.take_ahead()]
+                await self._settling.settle(returned, until)
 
     # --- gets
 
@@ -141,7 +152,7 @@ class Intake:
                 left[name] = max(0, kept.messages - share)
                 frame = commands.Basic.Get(queue=self._topology.queue(name))
                 for reply in [lane.channel.begin(frame) for _ in range(min(share, kept.messages))]:
-                    content = await lane.channel.reply(reply)
+                    content = await self._got(lane, reply)
                     if not isinstance(content, Content):
                         left[name] = 0
                     elif content.frame.redelivered:
@@ -152,6 +163,14 @@ class Intake:
             if crashed:
                 asked_again += 1
                 await asyncio.wait(crashed)
+
+    async def _got(self, lane: Lane, reply: "asyncio.Future[Any]") -> object:
+        """The answer to a get. One that comes too late would be nobody's: the channel gives it back."""
+        try:
+            return await lane.channel.reply(reply)
+        except BackendUnavailable:
+            lane.channel.begin_close()
+            raise
 
     def _shares(self, names: list[str], room: int) -> dict[str, int]:
         """How many to ask each of these queues for."""
@@ -206,51 +225,75 @@ class Intake:
             if self._pushes is None:
                 lane = self._pushes = await self._lane(max(0.0, until - time.monotonic()))
                 lane.channel.on_content, lane.channel.on_cancel = self._on_content, self._on_cancel
-                self._consumers, self._active = {}, set()
-            channel = self._pushes.channel
-            consumed = {self._consumers[tag] for tag in self._active}
-            wanted = [name for name in self._names if name not in consumed]
+                self._consumers, self._active = {}, {}
+            lane = self._pushes
+            wanted = {name: more for name in self._names if (more := self._more_for(name)) > 0}
             if not wanted:
                 return
             try:
-                for name in wanted:
-                    # Consuming from a queue that is not there would close the channel, with all that is held on it.
-                    if await self._post.admin.look(self._topology.queue(name)) is None:
-                        self.lose_queue(name)
-                        continue
+                # Consuming from a queue that is not there would close the channel, with all that is held on it.
+                missing = [name for name in wanted if await self._post.admin.look(self._topology.queue(name)) is None]
+            except AuthenticationFailed:
+                raise
+            except BackendUnavailable:
+                if time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(_A_MOMENT)
+                continue
+            for name in missing:
+                self.lose_queue(name)
+            try:
+                for name in wanted.keys() - set(missing):
                     self.missing.discard(name)
-                    tag = f"{next(self._numbers)}"
-                    self._consumers[tag] = name
-                    self._active.add(tag)
-                    qos = channel.begin(commands.Basic.Qos(prefetch_count=self._slots))
-                    consume = channel.begin(commands.Basic.Consume(queue=self._topology.queue(name), consumer_tag=tag))
-                    await channel.reply(qos)
-                    await channel.reply(consume)
+                    await self._begin_to_push(lane, name, wanted[name])
                 return
             except AuthenticationFailed:
                 raise
             except BackendUnavailable:
-                if not channel.is_closed:
-                    channel.begin_close()
+                lane.channel.begin_close()
                 if time.monotonic() >= until:
                     raise
                 await asyncio.sleep(_A_MOMENT)
+
+    def _more_for(self, name: str) -> int:
+        """How many more the server may push of a queue: a prefetch does not count what was got, and never changes.
+
+        So there is another consumer when what was got is settled; not for each single one of many.
+        """
+        pushed = sum(prefetch for tag, prefetch in self._active.items() if self._consumers[tag] == name)
+        got = 0 if self._gets is None else self._holdings.on(self._gets)[name]
+        more = self._slots - pushed - got
+        return more if not pushed or more >= self._slots / 4 else 0
+
+    async def _begin_to_push(self, lane: Lane, name: str, prefetch: int) -> None:
+        tag = f"{next(self._numbers)}"
+        self._consumers[tag] = name
+        self._active[tag] = prefetch
+        qos = lane.channel.begin(commands.Basic.Qos(prefetch_count=prefetch))
+        consume = lane.channel.begin(commands.Basic.Consume(queue=self._topology.queue(name), consumer_tag=tag))
+        await lane.channel.reply(qos)
+        await lane.channel.reply(consume)
 
     async def pause(self) -> None:
         """Have the server push no more; what it had pushed is here when this returns.
 
         A quorum queue returns what was on its way to a cancelled consumer, and marks it as handed over before, though
-        nobody has seen it: after a cancel with room for more it is fetched, or it would count as a crash. Another
-        consumer may be quicker; so nothing is cancelled while there is work to do.
+        nobody has seen it: whoever gets it counts a crash. So a consumer is cancelled when it is full, or when nothing
+        has come for a moment, as nothing is acknowledged meanwhile; and after a cancel with room for more what came
+        between the two is fetched.
         """
-        lane, active, self._active = self._pushes, self._active, set()
+        lane, active, self._active = self._pushes, self._active, {}
         if lane is None or not active:
             return
+        room = Counter[str]()
+        for tag, prefetch in active.items():
+            room[self._consumers[tag]] += prefetch
+        await self._until_full_or_quiet(lane, room)
         out = self._holdings.on(lane)
-        with_room = [self._consumers[tag] for tag in active if out[self._consumers[tag]] < self._slots]
         try:
             for reply in [lane.channel.begin(commands.Basic.Cancel(consumer_tag=tag)) for tag in active]:
                 await lane.channel.reply(reply)
+            with_room = [name for name, most in room.items() if out[name] < most]
             if with_room:  # asked behind the answer, when what was on its way has reached the channel and been returned
                 await lane.channel.call(commands.Basic.Qos(prefetch_count=self._slots))
             for name in with_room:
@@ -258,13 +301,22 @@ class Intake:
         except BackendUnavailable as error:
             _log.debug("a consumer was not cancelled in order: %s", error)
 
+    async def _until_full_or_quiet(self, lane: Lane, most: Counter[str]) -> None:
+        deadline, seen = time.monotonic() + _QUIET_WITHIN, -1
+        while not lane.channel.is_closed and time.monotonic() < deadline:
+            out = self._holdings.on(lane)
+            if out.total() == seen or all(out[name] >= count for name, count in most.items()):
+                return
+            seen = out.total()
+            await asyncio.sleep(_QUIET)
+
     async def _fetch_returned(self, name: str) -> None:
         if await self._post.admin.look(self._topology.queue(name)) is None:
             self.lose_queue(name)
             return
         lane = await self._gets_lane(_CONNECT_WITHIN)
         while True:
-            content = await lane.channel.call(commands.Basic.Get(queue=self._topology.queue(name)))
+            content = await self._got(lane, lane.channel.begin(commands.Basic.Get(queue=self._topology.queue(name))))
             if not isinstance(content, Content):
                 return
             if not content.frame.redelivered:
@@ -307,7 +359,7 @@ class Intake:
     def _on_cancel(self, tag: str) -> None:
         """The server ended a consumer: its queue was deleted, or has moved, or a run took too long for it."""
         queue = self._consumers.get(tag)
-        self._active.discard(tag)
+        self._active.pop(tag, None)
         if queue is None:
             return
         _log.warning("RabbitMQ ended the consumer of queue %s: the leases on its jobs are lost", queue)
@@ -318,7 +370,7 @@ class Intake:
         if lane is self._gets:
             self._gets = None
         elif lane is self._pushes:
-            self._pushes, self._active = None, set()
+            self._pushes, self._active = None, {}
         if lost := self._holdings.lose_lane(lane):
             _log.warning("the leases of %d jobs are lost: %s", lost, why)
         self._changed()

@@ -33,6 +33,7 @@ _FRAME_END = 0xCE
 _METHOD = 1
 _HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 _CLOSE, _BLOCKED, _UNBLOCKED = b"\x00\x0a\x00\x32", b"\x00\x0a\x00\x3c", b"\x00\x0a\x00\x3d"  # class 10: 50, 60, 61
+_CHANNELS = 2000  # below the server's limit of 2047
 
 
 class Line:
@@ -97,13 +98,18 @@ class Line:
         """
         if self.lost.done():
             raise BackendUnavailable("the connection to RabbitMQ is lost")
-        while True:
-            self._last = self._last % 2000 + 1  # below the server's limit of 2047
-            if self._last not in self._channels:
-                break
+        if len(self._channels) >= _CHANNELS:
+            raise BackendUnavailable(f"{_CHANNELS} channels are open on one connection to RabbitMQ")
+        self._last = self._last % _CHANNELS + 1
+        while self._last in self._channels:
+            self._last = self._last % _CHANNELS + 1
         channel = Channel(self._last, self._frame_max, self._transport.write, self._forget)
         self._channels[self._last] = channel
-        await channel.call(commands.Channel.Open())
+        try:
+            await channel.call(commands.Channel.Open())
+        except BaseException:  # who waited for it may have been cancelled: nobody else would close it
+            channel.begin_close()
+            raise
         return channel
 
     async def aclose(self) -> None:

@@ -10,7 +10,7 @@ from mindtrace.jobs.backends.rabbitmq.consuming import Consuming
 from mindtrace.jobs.backends.rabbitmq.keeper import Keeper
 from mindtrace.jobs.backends.rabbitmq.settling import Pairs
 from mindtrace.jobs.delivery import Delivery, Exchanged, Settled
-from mindtrace.jobs.errors import Closed, LeaseLost
+from mindtrace.jobs.errors import BackendUnavailable, Closed, LeaseLost
 
 LEAVE_WITHIN = 4.0
 
@@ -81,6 +81,8 @@ class RabbitMQReceiver(Receiver):
             result: Exchanged | Exception
             try:
                 result = await self._consuming.exchange(call)
+            except asyncio.CancelledError:  # the backend is being closed: the caller would wait for ever
+                result = _unanswered(call.pairs)
             except Exception as error:  # a settlement that cannot be written down, say: the caller is told
                 result = error
             try:
@@ -168,3 +170,9 @@ class RabbitMQReceiver(Receiver):
         """Have it called by a turn of the user's loop; from the keeper's."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(turned)
+
+
+def _unanswered(pairs: Pairs) -> Exchanged | Exception:
+    """What the caller of an exchange is told that was cut short: nobody knows what became of its settlements."""
+    closed = "the backend was closed meanwhile"
+    return Exchanged([BackendUnavailable(closed) for _ in pairs], []) if pairs else Closed(closed)

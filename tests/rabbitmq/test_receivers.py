@@ -1,0 +1,181 @@
+"""Receivers on RabbitMQ: what they hold, what they hand back, and what other queues and other processes do to that."""
+
+import asyncio
+import time
+from collections import Counter
+from random import Random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mindtrace.jobs import BackendUnavailable, Closed, Done, QueueMismatch, QueueNotFound, QueueSpec, Retry
+from mindtrace.jobs.job import new_job_id
+from mindtrace.jobs.testing.brokers import Broker
+from mindtrace.jobs.testing.proxy import Amqp, FaultProxy
+from mindtrace.jobs.wire import Message
+
+if TYPE_CHECKING:
+    from tests.rabbitmq.conftest import World
+
+pytestmark = [pytest.mark.anyio, pytest.mark.rabbitmq]
+
+BOUND = 10.0
+
+
+def messages(count: int) -> list[Message]:
+    return [Message(new_job_id(), b"{}") for _ in range(count)]
+
+
+async def test_what_one_call_is_refused_answers_no_call_beside_it(world: "World") -> None:
+    queue, other = await world.queue(), await world.queue("other", "priority")
+    for _ in range(5):
+        missing, depth, differs, fits, cleaned = await asyncio.gather(
+            world.backend.depth("nowhere"),
+            world.backend.depth(queue),
+            world.backend.declare(QueueSpec(other)),
+            world.backend.declare(QueueSpec(queue)),
+            world.backend.clean(queue),
+            return_exceptions=True,
+        )
+        assert isinstance(missing, QueueNotFound)
+        assert isinstance(differs, QueueMismatch)
+        assert missing.queue == "nowhere"
+        assert differs.queue == other
+        assert (depth, fits, cleaned) == (await world.backend.depth(queue), None, 0)
+
+
+async def test_a_receiver_of_a_queue_that_is_missing_costs_another_receiver_no_lease(world: "World") -> None:
+    queue = await world.queue()
+    await world.backend.publish(queue, messages(1))
+    async with world.backend.receiver([queue]) as receiver, world.backend.receiver(["nowhere"]) as lost:
+        [delivery] = await receiver.receive(1, wait=BOUND)
+        for _ in range(20):
+            nothing, missing = await asyncio.gather(receiver.exchange([], 0), lost.exchange([], 1))
+            assert (nothing.missing, missing.missing) == ((), ("nowhere",))
+        assert not delivery.lost
+        assert await receiver.settle([(delivery, Done())]) == [None]
+
+
+async def test_what_was_done_is_not_run_again_where_another_queue_of_the_receiver_is_deleted(world: "World") -> None:
+    """More of it than the channel passes on at once."""
+    one, other = await world.queue("one"), await world.queue("other")
+    await world.backend.publish(other, messages(200))
+    taken = 0
+    async with world.backend.receiver([one, other], slots=200) as receiver, asyncio.timeout(BOUND):
+        deliveries = await receiver.receive(200, wait=BOUND)
+        while len(deliveries) < 200:
+            deliveries += await receiver.receive(200, wait=BOUND)
+        await (await world.another()).delete(one)
+        settled = await receiver.settle([(delivery, Done()) for delivery in deliveries])
+        taken = settled.count(None)
+    assert taken == 200
+    await world.somebody.until("other", 0)
+    async with world.backend.receiver([other]) as receiver:
+        assert await receiver.receive(1) == []
+
+
+async def test_no_crash_is_counted_where_nobody_crashed_however_many_take_and_stop(world: "World") -> None:
+    """Two processes take and settle, each stops now and then, and a third publishes meanwhile."""
+    queue, random = await world.queue(), Random(5)
+    seen, crashes, over = Counter[str](), 0, asyncio.Event()
+
+    async def work() -> None:
+        nonlocal crashes
+        backend = await world.another()
+        while not over.is_set() or (await backend.depth(queue)).ready:
+            async with backend.receiver([queue], slots=4) as receiver:
+                for _ in range(random.randint(1, 20)):
+                    taken = await receiver.receive(2, wait=0.1)
+                    for delivery in taken:
+                        seen[delivery.message.id] += 1
+                        crashes += delivery.crashes
+                    assert await receiver.settle([(one, Done()) for one in taken]) == [None] * len(taken)
+
+    sent = set[str]()
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        for _ in range(2):
+            group.create_task(work())
+        for _ in range(150):
+            some = messages(random.randint(1, 3))
+            sent.update(message.id for message in some)
+            await world.backend.publish(queue, some)
+            await asyncio.sleep(random.uniform(0.0, 0.02))
+        over.set()
+    assert seen == Counter(sent)
+    assert crashes <= 1  # what meets a consumer in the instant in which it is cancelled
+
+
+async def test_a_receiver_with_one_slot_holds_one_job_and_leaves_the_next_to_who_is_free(world: "World") -> None:
+    queue = await world.queue()
+    idle_backend = await world.another()
+    async with world.backend.receiver([queue]) as busy, idle_backend.receiver([queue]) as idle:
+        await world.backend.publish(queue, messages(2))
+        [first] = await busy.receive(1, wait=BOUND)
+        exchanged = await busy.exchange([(first, Done())], 1, wait=BOUND)
+        while not exchanged.deliveries:
+            exchanged = await busy.exchange([], 1, wait=BOUND)
+        full = asyncio.create_task(busy.exchange([], 0, wait=BOUND))
+        [message] = messages(1)
+        await world.backend.publish(queue, [message])
+        started = time.monotonic()
+        [delivery] = await idle.receive(1, wait=BOUND)
+        assert delivery.message == message
+        assert time.monotonic() - started < BOUND / 2  # else it lay with the busy one
+        busy.nudge()
+        await full
+
+
+async def test_a_nudge_ends_the_wait_of_the_call_after_one_that_was_cancelled(world: "World") -> None:
+    queue = await world.queue()
+    async with world.backend.receiver([queue]) as receiver, asyncio.timeout(BOUND):
+        for turns in range(0, 100, 5):
+            gone = asyncio.create_task(receiver.receive(1, wait=60))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            gone.cancel()
+            await asyncio.wait({gone})
+            following = asyncio.create_task(receiver.receive(1, wait=60))
+            await asyncio.sleep(0)
+            receiver.nudge()
+            assert await following == []
+
+
+async def test_what_nobody_was_handed_does_not_lapse_as_a_crash(world: "World") -> None:
+    queue = await world.queue()
+    async with world.backend.receiver([queue], slots=5, lease=0.2, keep=False) as receiver:
+        await world.backend.publish(queue, messages(5))
+        [first] = await receiver.receive(1, wait=BOUND)
+        assert await receiver.settle([(first, Done())]) == [None]
+    counts = list[int]()
+    async with world.backend.receiver([queue], slots=5) as receiver, asyncio.timeout(BOUND):
+        while len(counts) < 4:
+            counts += [delivery.crashes for delivery in await receiver.receive(5, wait=BOUND)]
+    assert counts == [0] * 4
+
+
+@pytest.mark.parametrize("settles", [True, False])
+async def test_a_call_that_is_under_way_when_the_backend_closes_is_answered(
+    own_broker: Broker, new_world: "type[World]", settles: bool
+) -> None:
+    """Over a line on which nothing comes through any more."""
+    world = await new_world(own_broker.url)  # type: ignore[misc] (a fixture that makes them)
+    queue = await world.queue()
+    async with FaultProxy.to(own_broker.url, wire=Amqp) as proxy:
+        backend = type(world.backend).from_url(proxy.url(own_broker.url), namespace=world.namespace)
+        await backend.open()
+        await backend.publish(queue, messages(1))
+        receiving = backend.receiver([queue])
+        receiver = await receiving.__aenter__()
+        [delivery] = await receiver.receive(1, wait=BOUND)
+        proxy.up.black_hole()
+        pairs = [(delivery, Retry(0.0))] if settles else []
+        calling = asyncio.create_task(receiver.exchange(pairs, 0, wait=60))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(BOUND):
+            await backend.aclose()
+            await asyncio.wait({calling})
+        if settles:
+            assert [type(answer) for answer in calling.result().settled] == [BackendUnavailable]
+        else:
+            assert isinstance(calling.exception(), Closed)
+        await receiving.__aexit__(None, None, None)
