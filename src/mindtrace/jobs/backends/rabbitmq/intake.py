@@ -263,7 +263,7 @@ class Intake:
         pushed = sum(prefetch for tag, prefetch in self._active.items() if self._consumers[tag] == name)
         got = 0 if self._gets is None else self._holdings.on(self._gets)[name]
         more = self._slots - pushed - got
-        return more if not pushed or more >= self._slots / 4 else 0
+        return more if not (pushed and got) or more >= self._slots / 4 else 0
 
     async def _begin_to_push(self, lane: Lane, name: str, prefetch: int) -> None:
         tag = f"{next(self._numbers)}"
