@@ -39,6 +39,7 @@ class Run:
         envelope: what the delivery says.
         job: what `current_job()` gives.
         started: on the monotonic clock.
+        ended_at: on the same, when its settlement was decided; 0 before that.
         begun: its task has had its first step.
         settled: its settlement is decided; what the run does from now on changes nothing.
         ended: the user's code has returned, or is a thread that nobody waits for any more.
@@ -46,7 +47,7 @@ class Run:
     """
 
     __slots__ = (
-        "begun", "cause", "delivery", "ended", "envelope", "job", "route",
+        "begun", "cause", "delivery", "ended", "ended_at", "envelope", "job", "route",
         "settled", "started", "stuck", "task", "thread", "thread_id", "timeout",
     )  # fmt: skip
 
@@ -64,6 +65,7 @@ class Run:
             worker=worker,
         )
         self.started: float = time.monotonic()
+        self.ended_at: float = 0.0
         self.timeout: float = route.timeout_for(envelope)
         self.task: asyncio.Task[None] | None = None
         self.thread_id: int | None = None
@@ -330,7 +332,7 @@ class Runs:
 
     def _settle(self, run: Run, end: Done | Exception | None) -> None:
         """Decide, once. None hands the job back."""
-        run.settled = True
+        run.settled, run.ended_at = True, time.monotonic()
         if end is None:
             self.released += not run.delivery.lost
             settlement: Settlement = Release()
