@@ -180,6 +180,10 @@ class Runs:
         """Whether one in flight is such a delivery."""
         return any(condition(delivery) for delivery in self._runs)
 
+    def all_given_up(self) -> bool:
+        """Whether nothing more can come of those in flight: each is settled, and has only not returned yet."""
+        return all(run.stuck or run.ended for run in self._runs.values())
+
     def start(self, run: Run) -> None:
         """Run it, in a task of its own."""
         self._runs[run.delivery] = run
@@ -302,6 +306,7 @@ class Runs:
         self.stuck += 1
         if not run.settled:
             self._settle(run, None if run.job.lease_lost else RunTimeout(run.timeout))
+        self._nudge()  # also where it was settled before: a drain waits for it no longer
 
     def _cancel(self, run: Run, cause: Literal["stop", "lost"]) -> None:
         if run.ended:
