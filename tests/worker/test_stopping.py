@@ -582,6 +582,23 @@ async def test_an_embedded_worker_takes_no_signals_and_one_that_runs_does(
     assert all(there != was for there, was in zip(seen[1], before, strict=True))
 
 
+async def test_a_worker_ends_well_where_the_signals_are_taken_by_no_handler_of_pythons(
+    orchestrator: AsyncOrchestrator, consumer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a program that embeds Python and had handlers before: Python gives None for them."""
+
+    async def act(_: Any) -> None:
+        pass
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "getsignal", lambda number: None)
+        worker = Worker(orchestrator, [consumer(act)], until_idle=True)
+        assert await asyncio.wait_for(worker.run(), 10) == 0
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
+
+
 async def test_an_error_of_an_embedded_worker_cancels_the_block(
     orchestrator: AsyncOrchestrator, consumer: Make
 ) -> None:
