@@ -1,6 +1,7 @@
 """What listeners are told, in which order, and that what they do changes nothing."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -127,6 +128,29 @@ async def test_each_run_is_told_with_its_attempt(
         (JobStarted, 2),
         (JobSettled, 2),
     ]
+
+
+async def test_a_run_took_as_long_as_it_ran_however_late_its_settlement_is_told(
+    orchestrator: AsyncOrchestrator, publish: Publish, consumer: Make, gate: Any, start: Start
+) -> None:
+    began, told_at, settled = time.monotonic(), list[float](), list[JobSettled]()
+
+    async def act(_: Any) -> None:
+        await gate.enter()
+
+    async def listen(event: Event) -> None:
+        if isinstance(event, JobSettled):
+            settled.append(event)
+            told_at.append(time.monotonic())
+            await asyncio.sleep(2 * (told_at[0] - began))  # the other has ended, and waits for longer than it ran
+
+    await publish(2)
+    worker = Worker(orchestrator, [consumer(act)], max_jobs=2, listeners=[listen])
+    running = start(worker)
+    await gate.holds(2)
+    gate.open()
+    assert await asyncio.wait_for(running, 10) == 0
+    assert [0 < one.seconds <= told_at[0] - began for one in settled] == [True, True]
 
 
 async def test_a_job_that_is_not_run_is_told_as_settled_only(orchestrator: AsyncOrchestrator, consumer: Make) -> None:

@@ -419,6 +419,95 @@ async def test_a_thread_whose_time_is_over_keeps_its_slot_until_it_returns(
     assert (worker.health().stuck, worker.handled, entered[1].is_set()) == (0, 2, True)
 
 
+@pytest.mark.parametrize("ack", ["late", "early"])
+async def test_a_drain_does_not_wait_for_a_run_that_is_stuck_but_for_the_one_beside_it(
+    orchestrator: AsyncOrchestrator,
+    publish: Publish,
+    consumer: Make,
+    start: Start,
+    gate: Any,
+    settle_down: Any,
+    until: Any,
+    ack: str,
+) -> None:
+    late = asyncio.Event()
+
+    async def swallows(_: Any) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        while not late.is_set():
+            with suppress(asyncio.CancelledError):
+                await late.wait()
+
+    async def polite(_: Any) -> None:
+        await gate.enter()
+
+    await orchestrator.declare(QueueSpec("polite"))
+    await publish(1, retry=False)
+    await publish(1, "polite", retry=False)
+    consumers = [consumer(swallows, ack=ack, timeout=0.01), consumer(polite, "polite", timeout=None)]
+    worker = Worker(orchestrator, consumers, cancel_grace=0.01, drain=3600)
+    running = start(worker)
+    await gate.holds(1)
+    await until(lambda: worker.health().stuck)
+    worker.stop()
+    await settle_down()
+    assert (running.done(), worker.health().running) == (False, 2)
+    gate.open()
+    done, _ = await asyncio.wait({running}, timeout=10)
+    late.set()
+    assert done
+    assert running.result() == 0
+    assert (worker.handled, worker.released, gate.cancelled) == (2, 0, 0)
+    assert await depth(orchestrator) == (0, 0, 0, int(ack == "late"))
+
+
+@pytest.mark.parametrize("ack", ["late", "early"])
+async def test_a_drain_ends_once_the_last_run_is_given_up(
+    orchestrator: AsyncOrchestrator, publish: Publish, consumer: Make, start: Start, until: Any, ack: str
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def act(_: Any) -> None:
+        entered.set()
+        assert leave.wait(10)
+
+    await publish(1, retry=False)
+    worker = Worker(orchestrator, [consumer(act, ack=ack)], timeout=0.2, drain=3600, poll_timeout=3600)
+    running = start(worker)
+    await until(entered.is_set)
+    worker.stop()
+    try:
+        assert await asyncio.wait_for(running, 5) == 0
+    finally:
+        leave.set()
+    assert (worker.handled, worker.released) == (1, 0)
+
+
+@pytest.mark.parametrize("option", [{"max_jobs": 1}, {"until_idle": True}], ids=["max_jobs", "until_idle"])
+async def test_a_worker_that_ends_by_itself_does_not_wait_for_a_run_that_is_stuck(
+    orchestrator: AsyncOrchestrator,
+    publish: Publish,
+    consumer: Make,
+    start: Start,
+    gate: Any,
+    option: dict[str, Any],
+) -> None:
+    late = asyncio.Event()
+
+    async def act(_: Any) -> None:
+        await swallow(gate, late)
+
+    await publish(1, retry=False)
+    worker = Worker(orchestrator, [consumer(act)], timeout=0.01, cancel_grace=0.01, **option)
+    running = start(worker)
+    done, _ = await asyncio.wait({running}, timeout=10)
+    late.set()
+    assert done
+    assert running.result() == 0
+    assert await depth(orchestrator) == (0, 0, 0, 1)
+
+
 async def test_a_run_that_ends_in_time_does_not_hide_one_that_is_stuck(
     orchestrator: AsyncOrchestrator,
     publish: Publish,
@@ -491,6 +580,23 @@ async def test_an_embedded_worker_takes_no_signals_and_one_that_runs_does(
     await publish(1)
     await Worker(orchestrator, [consumer(act)], max_jobs=1).run()
     assert all(there != was for there, was in zip(seen[1], before, strict=True))
+
+
+async def test_a_worker_ends_well_where_the_signals_are_taken_by_no_handler_of_pythons(
+    orchestrator: AsyncOrchestrator, consumer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a program that embeds Python and had handlers before: Python gives None for them."""
+
+    async def act(_: Any) -> None:
+        pass
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "getsignal", lambda number: None)
+        worker = Worker(orchestrator, [consumer(act)], until_idle=True)
+        assert await asyncio.wait_for(worker.run(), 10) == 0
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
 
 
 async def test_an_error_of_an_embedded_worker_cancels_the_block(

@@ -1,7 +1,6 @@
 """`Accounts`: counts, logs and tells how deliveries have ended, and what else a worker learns."""
 
 import logging
-import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -73,7 +72,7 @@ class Accounts:
                     settlement,
                     answer is None,
                     _status(settlement),
-                    0.0 if run is None else time.monotonic() - run.started,
+                    0.0 if run is None else run.ended_at - run.started,
                 )
                 await told(self._listeners, event)
 

@@ -41,7 +41,8 @@ class JobSettled:
         settlement: as decided.
         accepted: False where the lease was lost, so that nothing was changed, or where the broker gave no answer.
         status: where the job stands now, if it was accepted.
-        seconds: how long the run took; 0 if it never began.
+        seconds: how long the run took, or lasted until it was given up; 0 if it never began. What the settlement
+            waited for the broker is not in it.
     """
 
     queue: str

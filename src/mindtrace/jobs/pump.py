@@ -138,14 +138,14 @@ class Pump:
             if self.stopping is None and self._is_spent():
                 self._drain()
             stopping = self.stopping
-            if stopping is not None and not finished and (not self.runs or time.monotonic() >= stopping):
+            if stopping is not None and not finished and (self.runs.all_given_up() or time.monotonic() >= stopping):
                 return
             wait = options.poll_timeout
             if stopping is not None:
                 wait = max(0.001, min(wait, stopping - time.monotonic()))
-            if options.until_idle and not self.runs:
-                wait = 0.0
             room = self._room()
+            if options.until_idle and (room or not self.runs) and self.runs.all_given_up():
+                wait = 0.0
             self.pulse.asks(bool(finished), wait)
             try:
                 exchanged = await receiver.exchange([(f.delivery, f.settlement) for f in finished], room, wait=wait)
@@ -171,7 +171,8 @@ class Pump:
                 if refused:
                     await asyncio.sleep(0)  # what is refused unrun would keep the loop for as long as there is more
                 continue
-            if options.until_idle and room > 0 and not (stopping or finished or self.runs or self.runs.finished):
+            looked = room > 0 and not (stopping or finished or self.runs.finished)
+            if options.until_idle and looked and self.runs.all_given_up():
                 self._drain()  # there was room for a job, and there was none
 
     def _look_for_outages(self, receiver: Receiver) -> None:
@@ -183,7 +184,7 @@ class Pump:
         """Whether it has done what a worker is to do in its life, so that it is time for a new one."""
         options, now = self._options, time.monotonic()
         if options.max_jobs is not None and self._taken >= options.max_jobs:
-            return not self.runs
+            return self.runs.all_given_up()
         if options.max_age is not None and now - self._began >= options.max_age:
             _log.info("worker %s: %.0f s old, draining (max_age)", self._worker, now - self._began, extra=self._extra)
             return True

@@ -39,6 +39,7 @@ class Run:
         envelope: what the delivery says.
         job: what `current_job()` gives.
         started: on the monotonic clock.
+        ended_at: on the same, when its settlement was decided; 0 before that.
         begun: its task has had its first step.
         settled: its settlement is decided; what the run does from now on changes nothing.
         ended: the user's code has returned, or is a thread that nobody waits for any more.
@@ -46,7 +47,7 @@ class Run:
     """
 
     __slots__ = (
-        "begun", "cause", "delivery", "ended", "envelope", "job", "route",
+        "begun", "cause", "delivery", "ended", "ended_at", "envelope", "job", "route",
         "settled", "started", "stuck", "task", "thread", "thread_id", "timeout",
     )  # fmt: skip
 
@@ -64,6 +65,7 @@ class Run:
             worker=worker,
         )
         self.started: float = time.monotonic()
+        self.ended_at: float = 0.0
         self.timeout: float = route.timeout_for(envelope)
         self.task: asyncio.Task[None] | None = None
         self.thread_id: int | None = None
@@ -177,6 +179,10 @@ class Runs:
     def any(self, condition: Callable[[Delivery], bool]) -> bool:
         """Whether one in flight is such a delivery."""
         return any(condition(delivery) for delivery in self._runs)
+
+    def all_given_up(self) -> bool:
+        """Whether nothing more can come of those in flight: each is settled, and has only not returned yet."""
+        return all(run.stuck or run.ended for run in self._runs.values())
 
     def start(self, run: Run) -> None:
         """Run it, in a task of its own."""
@@ -300,6 +306,7 @@ class Runs:
         self.stuck += 1
         if not run.settled:
             self._settle(run, None if run.job.lease_lost else RunTimeout(run.timeout))
+        self._nudge()  # also where it was settled before: a drain waits for it no longer
 
     def _cancel(self, run: Run, cause: Literal["stop", "lost"]) -> None:
         if run.ended:
@@ -330,7 +337,7 @@ class Runs:
 
     def _settle(self, run: Run, end: Done | Exception | None) -> None:
         """Decide, once. None hands the job back."""
-        run.settled = True
+        run.settled, run.ended_at = True, time.monotonic()
         if end is None:
             self.released += not run.delivery.lost
             settlement: Settlement = Release()

@@ -291,7 +291,8 @@ class Worker:
         finally:
             for number, handler in before.items():
                 loop.remove_signal_handler(number)
-                signal.signal(number, handler)
+                if handler is not None:  # else it is none of Python's, which cannot put it back
+                    signal.signal(number, handler)
         return 1 if self.released else 0
 
     async def __aenter__(self) -> Self:

@@ -1,6 +1,7 @@
-"""`mindtrace-jobs worker` on RabbitMQ: several processes, and the second signal."""
+"""`mindtrace-jobs worker` on RabbitMQ: several processes, the second signal, and a server that is not there."""
 
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -28,3 +29,15 @@ def test_processes_hand_back_what_they_run_and_others_take_it_with_no_attempt_us
     assert {tuple(line.split()[1:]) for line in burst.out.all()} == {
         ("begins", "1", "1"), ("ends", "1"), ("begins", "2", "1"), ("ends", "2"),
     }  # fmt: skip
+
+
+def test_a_server_that_is_not_there_is_said_by_us_and_not_by_the_driver(
+    site_on: Callable[[str], Any],
+) -> None:
+    with socket.socket() as nobody:  # bound and not listening: every connection is refused
+        nobody.bind(("127.0.0.1", 0))
+        site = site_on(f"amqp://127.0.0.1:{nobody.getsockname()[1]}/")
+        worker = site.start("app:worker", "--log-level", "debug")
+        worker.err.until("WARNING no RabbitMQ at .* ConnectionRefusedError: .*; trying on$")  # after a first try
+        worker.send(signal.SIGKILL)
+        assert "transport" not in "\n".join(worker.err.all())

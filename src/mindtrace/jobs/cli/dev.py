@@ -73,7 +73,8 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
         raise NoBroker(str(error)) from error
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # else it is none of Python's, which cannot put it back
+                signal.signal(number, handler)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

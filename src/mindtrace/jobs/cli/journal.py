@@ -13,7 +13,7 @@ from mindtrace.jobs.logs import JobFilter, JsonFormatter
 _log = logging.getLogger(__name__)
 
 _OURS = "mindtrace.jobs"
-_DRIVERS = ("aio_pika", "aiormq", "pamqp", "redis")  # at debug they would print what jobs hold
+_DRIVERS = ("aio_pika", "pamqp", "redis")  # at debug they would print what jobs hold; aiormq the backend quiets itself
 _REMEMBERED = 60.0  # seconds that a warning has to be silent, before it is said again
 _REMEMBERED_MOST = 100  # warnings
 
@@ -44,7 +44,8 @@ class Journal:
         root.handlers[:] = [handler]
         root.setLevel(self._level)
         for name in _DRIVERS:
-            logging.getLogger(name).setLevel(max(self._level, logging.INFO))
+            driver = logging.getLogger(name)
+            driver.setLevel(max(self._level, driver.level, logging.INFO))
 
     def say(self, text: str) -> None:
         """What somebody asked for, at any level."""

@@ -34,7 +34,8 @@ async def _guarded(main: Coroutine[Any, Any, R], came: list[int]) -> R:
     def give_back() -> None:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
-            signal.signal(number, handler)
+            if handler is not None:  # else it is none of Python's, which cannot put it back
+                signal.signal(number, handler)
         before.clear()
 
     def stop(number: signal.Signals) -> None:

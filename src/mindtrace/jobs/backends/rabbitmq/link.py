@@ -70,8 +70,9 @@ class Link:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await self._changed.wait()
             except TimeoutError:
-                why = f": {self.why}" if self.why is not None else ""
-                raise BackendUnavailable(f"no RabbitMQ at {self.address} within {within:g} s{why}") from self.why
+                # The same words at each try, whatever was left of its time: a log can leave out what it has said.
+                why = str(self.why or f"no RabbitMQ at {self.address}: no answer yet")
+                raise BackendUnavailable(why) from self.why
         if self._failed is not None:
             raise self._failed
         if self.line is None:
