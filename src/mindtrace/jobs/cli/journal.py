@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from mindtrace.jobs.cli.output import say
@@ -47,14 +48,12 @@ class Journal:
             logging.getLogger(name).setLevel(max(self._level, logging.INFO))
 
     def say(self, text: str) -> None:
-        """What somebody asked for, at any level."""
-        if self.form == "json":
-            record = logging.makeLogRecord(
-                {"name": __name__, "levelno": logging.INFO, "levelname": "INFO", "msg": text}
-            )
-            print(JsonFormatter().format(record), file=sys.stderr, flush=True)
-        else:
-            say(text)
+        """What somebody asked for, at any level. Where nobody reads it, nothing is said, and nothing fails."""
+        with suppress(OSError, ValueError):
+            if self.form == "json":
+                say_record(text, logging.INFO)
+            else:
+                say(text)
 
     def banner(self, facts: Mapping[str, Any]) -> None:
         """The first lines; as JSON they are one record."""
@@ -63,7 +62,15 @@ class Journal:
             return
         width = max(map(len, facts))
         for name, value in facts.items():
-            say(f"{name:<{width}}  {value}")
+            self.say(f"{name:<{width}}  {value}")
+
+
+def say_record(text: str, level: int, error: BaseException | None = None) -> None:
+    """A line of JSON to stderr, as a logger would have it; with the traceback of the error, if one is given."""
+    about = {"name": __name__, "levelno": level, "levelname": logging.getLevelName(level), "msg": text}
+    if error is not None:
+        about["exc_info"] = (type(error), error, error.__traceback__)
+    print(JsonFormatter().format(logging.makeLogRecord(about)), file=sys.stderr, flush=True)
 
 
 class _TextFormatter(logging.Formatter):

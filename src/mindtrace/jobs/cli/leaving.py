@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 _log = logging.getLogger(__name__)
@@ -64,6 +66,20 @@ def _leave(status: int, kept_by: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def forget_a_broken_stderr() -> None:
+    """At the end, the interpreter would take what it could not write for a failure of the program."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether whoever started this process had it ignore the signal: `nohup` has, and means it."""
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 class Terminal:

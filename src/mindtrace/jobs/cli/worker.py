@@ -138,13 +138,16 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
         not settings.is_default(LOG_FORMAT),
         parsed.supervised,
     )
-    if is_child:
-        return _serve(plan)
-    if settings[RELOAD]:
-        if processes is not None:
-            raise UsageError("--reload and --processes: one process is what can be reloaded")
-        return _reload(plan, _words(parsed, settings))
-    return _serve(plan) if processes is None else _supervise(plan, _words(parsed, settings), processes)
+    try:
+        if is_child:
+            return _serve(plan)
+        if settings[RELOAD]:
+            if processes is not None:
+                raise UsageError("--reload and --processes: one process is what can be reloaded")
+            return _reload(plan, _words(parsed, settings))
+        return _serve(plan) if processes is None else _supervise(plan, _words(parsed, settings), processes)
+    finally:
+        leaving.forget_a_broken_stderr()
 
 
 def _loop(wanted: str) -> Literal["asyncio", "uvloop"]:
