@@ -1,12 +1,17 @@
 """`worker` where something around it is in a bad way: processes that die, that never start, that nobody can read."""
 
+import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from redis import Redis
+
+from mindtrace.jobs.testing.brokers import Broker
 
 pytestmark = pytest.mark.redis
 
@@ -136,3 +141,83 @@ def test_a_process_may_have_a_lot_to_tell_of_itself(site: Any) -> None:
     command.err.until(" queues qqq.*399, concurrency")
     command.send(signal.SIGTERM)
     assert command.status() == 0
+
+
+BREAKS = """
+from app import *
+
+async def exits():
+    sys.exit(5)
+
+class Breaks(AsyncConsumer):
+    async def run(self, job_dict):
+        match job_dict["input_data"]["how"]:
+            case "group":
+                raise BaseExceptionGroup("several", [KeyboardInterrupt(), SystemExit(1)])
+            case "stop":
+                asyncio.get_running_loop().stop()
+            case "task":
+                self.task = asyncio.create_task(exits())
+        await asyncio.sleep(60)
+
+worker = Worker(an_orchestrator(), [Breaks("jobs")], cancel_grace=0.5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("group", r"mindtrace-jobs: the worker has ended: BaseExceptionGroup: several .*\(breaks.py:\d+\)$"),
+        ("stop", "ERROR +a task of a job stopped the event loop: the worker leaves as if it had crashed$"),
+        ("task", r"ERROR +a task of a job raised SystemExit: 5 \(breaks.py:\d+\): the worker leaves as if"),
+    ],
+)
+def test_whatever_a_job_does_to_the_worker_is_said_in_one_line(site: Any, how: str, said: str) -> None:
+    site.write(BREAKS, "breaks.py")
+    site.publish(how=how)
+    worker = site.start("breaks:worker")
+    assert worker.status() == 1
+    lines = worker.err.all()
+    assert re.search(said, lines[-1])
+    assert "Traceback" not in "\n".join(lines)
+
+
+def test_an_application_that_exits_while_it_is_made_is_no_success(site: Any) -> None:
+    site.write("import sys\nasync def made():\n    sys.exit('no DATABASE_URL is set')", "exits.py")
+    worker = site.start("exits:made")
+    assert worker.status() == 3
+    assert worker.err.all() == ["mindtrace-jobs: exits:made: SystemExit: no DATABASE_URL is set (exits.py:3)"]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_refused_login_is_the_last_line_and_said_once(
+    server: Broker, site_on: Callable[[str], Any], form: str
+) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.config_set("requirepass", "right")
+    worker = site_on(server.url.replace("//", "//:canary@")).start("app:worker", "--log-format", form)
+    assert worker.status() == 4
+    lines = worker.err.all()
+    assert ["refuses the login" in line for line in lines] == [False] * (len(lines) - 1) + [True]
+    if form == "json":
+        last = [json.loads(line) for line in lines][-1]
+        assert (last["level"], last["message"][:8]) == ("ERROR", "Redis at")
+
+
+def test_a_burst_without_a_broker_says_so_in_one_line(site: Any) -> None:
+    for_redis = site.start("app:worker", "--burst", BROKER="redis://127.0.0.1:1/0")
+    for_rabbitmq = site.start("app:worker", "--burst", BROKER="amqp://127.0.0.1:1/")
+    for worker in (for_redis, for_rabbitmq):
+        assert worker.status() == 4
+        said = [line for line in worker.err.all() if not re.match(r"\S+  +\S", line)]  # the banner
+        assert len(said) == 1
+        assert re.match(r"mindtrace-jobs: no (Redis|RabbitMQ) at \S+ within 5 s: [^:]+", said[0])
+        assert said[0].count(" at ") == 1
+
+
+def test_what_is_wrong_is_json_where_the_rest_is(site: Any) -> None:
+    site.write("1 / 0", "broken.py")
+    worker = site.start("broken:worker", "--log-format", "json")
+    assert worker.status() == 3
+    [line] = worker.err.all()
+    assert "ZeroDivisionError" in json.loads(line)["message"]

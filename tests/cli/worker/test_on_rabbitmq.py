@@ -1,5 +1,6 @@
 """`mindtrace-jobs worker` on RabbitMQ: several processes, and the second signal."""
 
+import re
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -28,3 +29,12 @@ def test_processes_hand_back_what_they_run_and_others_take_it_with_no_attempt_us
     assert {tuple(line.split()[1:]) for line in burst.out.all()} == {
         ("begins", "1", "1"), ("ends", "1"), ("begins", "2", "1"), ("ends", "2"),
     }  # fmt: skip
+
+
+def test_a_refused_login_is_one_line(rabbitmq_url: str, site_on: Callable[[str], Any]) -> None:
+    site = site_on(re.sub("//[^@]*@", "//nobody:canary@", rabbitmq_url))
+    worker = site.start("app:worker")
+    assert worker.status() == 4
+    lines = worker.err.all()
+    assert ["refuses" in line or "REFUSED" in line for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert "canary" not in "\n".join(lines)

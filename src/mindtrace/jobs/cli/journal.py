@@ -3,11 +3,11 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from mindtrace.jobs.cli.output import say
+from mindtrace.jobs.cli.output import say, without_login
 from mindtrace.jobs.delivery import escaped
 from mindtrace.jobs.logs import JobFilter, JsonFormatter
 
@@ -15,6 +15,8 @@ _log = logging.getLogger(__name__)
 
 _OURS = "mindtrace.jobs"
 _DRIVERS = ("aio_pika", "aiormq", "pamqp", "redis")  # at debug they would print what jobs hold
+_CONNECTING = "aiormq.connection"
+_SAID_BY_US = ("error when creating transport", "Unexpected connection close from remote")
 _REMEMBERED = 60.0  # seconds that a warning has to be silent, before it is said again
 _REMEMBERED_MOST = 100  # warnings
 
@@ -31,6 +33,7 @@ class Journal:
     def __init__(self, form: str, level: int, *, several: bool) -> None:
         self.form: str = form
         self._level, self._several = level, several
+        self._handler: logging.Handler | None = None
 
     def open(self, *, insists: bool) -> None:
         """Log to stderr from now on. An application that has set up logging of its own keeps it, unless we insist."""
@@ -38,7 +41,7 @@ class Journal:
         logging.getLogger(_OURS).setLevel(self._level)
         if root.handlers and not insists:
             return
-        handler = logging.StreamHandler(sys.stderr)
+        handler = self._handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonFormatter() if self.form == "json" else _TextFormatter(self._several))
         handler.addFilter(_Once())
         handler.addFilter(JobFilter())
@@ -46,6 +49,34 @@ class Journal:
         root.setLevel(self._level)
         for name in _DRIVERS:
             logging.getLogger(name).setLevel(max(self._level, logging.INFO))
+
+    @contextmanager
+    def held(self, failure: type[BaseException]) -> Generator[None]:
+        """What the library logs inside the block is said after it; or never, where it fails like that, which says all.
+
+        Args:
+            failure: raised by the block.
+        """
+        records: list[logging.LogRecord] = []
+
+        def hold(record: logging.LogRecord) -> bool:
+            if record.name.startswith(_OURS):
+                records.append(record)
+                return False
+            return True
+
+        if self._handler is not None:
+            self._handler.addFilter(hold)
+        try:
+            yield
+        except failure:
+            records.clear()
+            raise
+        finally:
+            if self._handler is not None:
+                self._handler.removeFilter(hold)
+                for record in records:
+                    self._handler.handle(record)
 
     def say(self, text: str) -> None:
         """What somebody asked for, at any level. Where nobody reads it, nothing is said, and nothing fails."""
@@ -67,10 +98,11 @@ class Journal:
 
 def say_record(text: str, level: int, error: BaseException | None = None) -> None:
     """A line of JSON to stderr, as a logger would have it; with the traceback of the error, if one is given."""
-    about = {"name": __name__, "levelno": level, "levelname": logging.getLevelName(level), "msg": text}
+    about: dict[str, Any] = {"name": __name__, "levelno": level, "levelname": logging.getLevelName(level), "msg": text}
     if error is not None:
         about["exc_info"] = (type(error), error, error.__traceback__)
-    print(JsonFormatter().format(logging.makeLogRecord(about)), file=sys.stderr, flush=True)
+    line = JsonFormatter().format(logging.makeLogRecord(about))
+    print(without_login(line), file=sys.stderr, flush=True)
 
 
 class _TextFormatter(logging.Formatter):
@@ -87,13 +119,18 @@ class _TextFormatter(logging.Formatter):
 
 
 class _Once(logging.Filter):
-    """Leaves out a warning of ours that has just been said: while a broker is away, each try would say it."""
+    """Leaves out what has just been said: a warning of ours, and what a driver says of what we say ourselves.
+
+    While a broker is away, each try would say it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._said: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == _CONNECTING and str(record.msg).startswith(_SAID_BY_US):
+            return False
         if record.levelno != logging.WARNING or not record.name.startswith(_OURS):
             return True
         text, now = record.getMessage(), time.monotonic()

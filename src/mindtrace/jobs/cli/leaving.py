@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 _log = logging.getLogger(__name__)
 
@@ -17,13 +17,32 @@ _REST_WITHIN = 1.0  # seconds for tasks that nobody waits for, and again for gen
 _EXIT_WITHIN = 2.0  # seconds for threads that the interpreter would wait for
 
 
-def run(main: Coroutine[Any, Any, int], new_loop: Callable[[], asyncio.AbstractEventLoop]) -> int:
-    """As `asyncio.run`, which would wait for ever for a task that swallows its cancellation."""
+def run(
+    main: Coroutine[Any, Any, int],
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+    broken: Callable[[BaseException], None],
+) -> int:
+    """As `asyncio.run`, which would wait for ever for a task that swallows its cancellation.
+
+    Args:
+        main: what is run.
+        new_loop: makes its loop.
+        broken: called where the loop has ended before `main`: another task stopped it, or raised what ends a loop.
+
+    Raises:
+        RuntimeError: another task stopped the loop.
+        BaseException: what `main` raised, or what ended the loop.
+    """
     loop = new_loop()
     asyncio.set_event_loop(loop)
+    task = loop.create_task(main)
     try:
         try:
-            return loop.run_until_complete(main)
+            return loop.run_until_complete(task)
+        except (RuntimeError, SystemExit, KeyboardInterrupt) as error:
+            if not task.done():
+                broken(error)
+            raise
         finally:
             loop.run_until_complete(_end_the_rest())
     finally:
@@ -66,6 +85,15 @@ def _leave(status: int, kept_by: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def crash() -> NoReturn:
+    """End the process with status 1, and leave all as it is."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
 
 
 def forget_a_broken_stderr() -> None:

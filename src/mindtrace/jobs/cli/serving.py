@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -19,10 +19,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mindtrace.jobs.cli import leaving, target
-from mindtrace.jobs.cli.errors import UsageError
+from mindtrace.jobs.cli.errors import CommandError, UsageError
 from mindtrace.jobs.cli.report import Report, Upward
 from mindtrace.jobs.delivery import Dead, Done, Release, Retry
-from mindtrace.jobs.errors import Closed, NotSupported, QueueMismatch, UnsafeBackend
+from mindtrace.jobs.errors import BackendUnavailable, Closed, JobsError, NotSupported, QueueMismatch, UnsafeBackend
 from mindtrace.jobs.events import Event, JobSettled, JobStarted
 from mindtrace.jobs.health import Health
 from mindtrace.jobs.notify import Notifier
@@ -80,12 +80,32 @@ class Serving:
             beat.start()
             try:
                 loaded = target.load(plan.target)
-                return leaving.run(self._serve(loaded, probes), self._new_loop())
+                return self._run(self._serve(loaded, probes))
             finally:
                 self._over.set()
                 beat.join(2.0)
                 if self._upward is not None and not beat.is_alive():
                     self._upward.tell(self._report(self._state()))
+
+    def _run(self, main: Coroutine[Any, Any, int]) -> int:
+        try:
+            return leaving.run(main, self._new_loop(), self._on_broken_loop)
+        except (CommandError, JobsError):
+            raise
+        except BaseException as error:  # the user's code: the library lets nothing but its own out
+            if self._worker is None:
+                raise
+            raise CommandError(f"the worker has ended: {target.described(error)}") from error
+
+    def _on_broken_loop(self, error: BaseException) -> None:
+        """A job, nobody knows which, has ended the loop under all. Handed back, it would do so again, for ever.
+
+        So this is a crash, and counts as one for each job that runs.
+        """
+        if self._worker is not None:
+            how = "stopped the event loop" if isinstance(error, RuntimeError) else f"raised {target.described(error)}"
+            _log.error("a task of a job %s: the worker leaves as if it had crashed", how)
+            leaving.crash()
 
     def _new_loop(self) -> Callable[[], asyncio.AbstractEventLoop]:
         if self._plan.loop == "asyncio":
@@ -109,7 +129,8 @@ class Serving:
         orchestrator = worker.orchestrator
         try:
             if plan.burst:
-                await orchestrator.open()  # there is nothing to wait for: no broker is an error
+                with plan.journal.held(BackendUnavailable):
+                    await orchestrator.open()  # there is nothing to wait for: no broker is an error
             await worker.work()
         except (SystemExit, KeyboardInterrupt) as error:
             _log.error("a job raised %s: the worker has ended", type(error).__name__)

@@ -70,8 +70,9 @@ class Link:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await self._changed.wait()
             except TimeoutError:
-                why = f": {self.why}" if self.why is not None else ""
-                raise BackendUnavailable(f"no RabbitMQ at {self.address} within {within:g} s{why}") from self.why
+                none = f"no RabbitMQ at {self.address}"  # which the reason may begin with, too
+                why = f": {self.why}".replace(f": {none}", "", 1) if self.why is not None else ""
+                raise BackendUnavailable(f"{none} within {within:g} s{why}") from self.why
         if self._failed is not None:
             raise self._failed
         if self.line is None:
@@ -100,7 +101,6 @@ class Link:
             except AuthenticationFailed as error:
                 self._failed = error
                 self._changed.set()
-                _log.error("%s", error)
                 return
             except BackendUnavailable as error:
                 if failures == 0:
