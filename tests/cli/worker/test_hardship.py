@@ -221,3 +221,11 @@ def test_what_is_wrong_is_json_where_the_rest_is(site: Any) -> None:
     assert worker.status() == 3
     [line] = worker.err.all()
     assert "ZeroDivisionError" in json.loads(line)["message"]
+
+    site.write("from app import *\nsay('waits')\ntime.sleep(60)", "waits.py")
+    worker = site.start("waits:worker", "--log-format", "json")
+    worker.out.until("waits")
+    worker.send(signal.SIGINT)
+    assert worker.status() == 130
+    [line] = worker.err.all()
+    assert json.loads(line)["message"] == "interrupted"

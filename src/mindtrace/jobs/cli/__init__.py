@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as left:  # --help and --version
         return left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:
-        say("interrupted")
+        with suppress(OSError, ValueError):
+            _explain(Stopped(2), settings, in_json=is_worker and _is_json(settings))
         return 130
     except (CommandError, JobsError) as error:
         with suppress(OSError, ValueError):  # nobody reads stderr: the status tells it
@@ -95,6 +96,7 @@ def _explain(error: CommandError | JobsError, settings: Settings | None, *, in_j
         is_verbose = settings is not None and settings[VERBOSE] >= 2
     except CommandError:  # it is what is wrong
         is_verbose = False
+    is_verbose = is_verbose and not isinstance(error, Stopped)
     if in_json:
         say_record(str(error), logging.ERROR, error if is_verbose else None)
     elif is_verbose:

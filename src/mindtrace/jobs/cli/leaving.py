@@ -82,24 +82,23 @@ async def _end_the_rest() -> None:
 def _leave(status: int, kept_by: list[str]) -> None:
     time.sleep(_EXIT_WITHIN)
     _log.warning("left without waiting for %s", ", ".join(kept_by))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    crash(status)
 
 
-def crash() -> NoReturn:
-    """End the process with status 1, and leave all as it is."""
-    logging.shutdown()
+def crash(status: int) -> NoReturn:
+    """End the process with this status at once, and leave all as it is."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError):  # closed from the start they are None
             stream.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 def forget_a_broken_stderr() -> None:
     """At the end, the interpreter would take what it could not write for a failure of the program."""
     try:
         sys.stderr.flush()
+    except AttributeError:  # it was closed from the start, and is None
+        pass
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

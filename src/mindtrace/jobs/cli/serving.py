@@ -105,7 +105,7 @@ class Serving:
         if self._worker is not None:
             how = "stopped the event loop" if isinstance(error, RuntimeError) else f"raised {target.described(error)}"
             _log.error("a task of a job %s: the worker leaves as if it had crashed", how)
-            leaving.crash()
+            leaving.crash(1)
 
     def _new_loop(self) -> Callable[[], asyncio.AbstractEventLoop]:
         if self._plan.loop == "asyncio":
