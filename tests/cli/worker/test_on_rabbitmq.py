@@ -1,5 +1,6 @@
 """`mindtrace-jobs worker` on RabbitMQ: several processes, the second signal, and a server that is not there."""
 
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -41,3 +42,12 @@ def test_a_server_that_is_not_there_is_said_by_us_and_not_by_the_driver(
         worker.err.until("WARNING no RabbitMQ at .* ConnectionRefusedError: .*; trying on$")  # after a first try
         worker.send(signal.SIGKILL)
         assert "transport" not in "\n".join(worker.err.all())
+
+
+def test_a_refused_login_is_one_line(rabbitmq_url: str, site_on: Callable[[str], Any]) -> None:
+    site = site_on(re.sub("//[^@]*@", "//nobody:canary@", rabbitmq_url))
+    worker = site.start("app:worker")
+    assert worker.status() == 4
+    lines = worker.err.all()
+    assert ["refuses" in line or "REFUSED" in line for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert "canary" not in "\n".join(lines)

@@ -1,15 +1,18 @@
 """The command line, `mindtrace-jobs`."""
 
 import argparse
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from typing import Final, Protocol
 
 from mindtrace.jobs.cli import bench, config, dead, demo, dev, publish, queues, status, version, worker
 from mindtrace.jobs.cli.errors import CommandError, Stopped, status_of
+from mindtrace.jobs.cli.journal import say_record
 from mindtrace.jobs.cli.output import say
 from mindtrace.jobs.cli.parser import Parser
 from mindtrace.jobs.cli.settings import VERBOSE, Settings
@@ -55,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it was closed by whoever started us)
     parser = _parser()
     settings: Settings | None = None
+    is_worker = False
     try:
         parsed = parser.parse(arguments)
+        is_worker = parsed.command == "worker"
         settings = Settings.of_here(vars(parsed), parser.options())
         settings.check(parsed.parser.options())
         command, _ = COMMANDS[parsed.command]
@@ -72,10 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as left:  # --help and --version
         return left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:
-        say("interrupted")
+        with suppress(OSError, ValueError):
+            _explain(Stopped(2), settings, in_json=is_worker and _is_json(settings))
         return 130
     except (CommandError, JobsError) as error:
-        _explain(error, settings)
+        with suppress(OSError, ValueError):  # nobody reads stderr: the status tells it
+            _explain(error, settings, in_json=is_worker and _is_json(settings))
         return status_of(error)
     else:
         return status
@@ -89,15 +96,26 @@ def _parser() -> Parser:
     return parser
 
 
-def _explain(error: CommandError | JobsError, settings: Settings | None) -> None:
+def _explain(error: CommandError | JobsError, settings: Settings | None, *, in_json: bool) -> None:
     try:
         is_verbose = settings is not None and settings[VERBOSE] >= 2
     except CommandError:  # it is what is wrong
         is_verbose = False
-    if is_verbose:
+    is_verbose = is_verbose and not isinstance(error, Stopped)
+    if in_json:
+        say_record(str(error), logging.ERROR, error if is_verbose else None)
+    elif is_verbose:
         say("".join(traceback.format_exception(error)).rstrip())
     elif isinstance(error, Stopped):
         say(str(error))
     else:
         text = str(error)
         say(text if text.startswith(_PROGRAM) else f"{_PROGRAM}: {text}")
+
+
+def _is_json(settings: Settings | None) -> bool:
+    """Whether all that a worker says is JSON, and so has to be why it does not run."""
+    try:
+        return settings is not None and settings[worker.LOG_FORMAT] == "json"
+    except CommandError:  # it is what is wrong
+        return False

@@ -6,8 +6,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from mindtrace.jobs.cli.report import Report
 
@@ -15,6 +16,8 @@ _log = logging.getLogger(__name__)
 
 _SILENT = 15.0  # seconds without a report, after which nobody can say that a process is alive
 _HURRY = 15.0  # seconds that a process may need to end after a second signal
+_LAST_WORDS = 0.5  # seconds for what a process that has ended told before; what it forked may keep the socket open
+_LONGEST_REPORT = 1 << 24  # bytes; it names all queues
 
 
 class Child:
@@ -25,6 +28,7 @@ class Child:
         pid: its id.
         began: when it was started, on the monotonic clock.
         report: the last that it told.
+        about: what it is, once it has told so.
         was_ready: whether it ever was.
         changed: set when it has told something, or ended; whoever waits for that clears it.
         ended: its end; the result is its status, negative for a signal.
@@ -41,7 +45,9 @@ class Child:
         self.pid: int = process.pid
         self.began: float = time.monotonic()
         self.report: Report = Report()
+        self.about: Mapping[str, Any] = {}
         self.was_ready: bool = False
+        self._has_told = False
         self.changed: asyncio.Event = asyncio.Event()
         self._process, self._reader, self._writer = process, reader, writer
         self._told = self.began
@@ -66,7 +72,7 @@ class Child:
             raise
         finally:
             theirs.close()
-        return cls(name, process, *await asyncio.open_connection(sock=ours))
+        return cls(name, process, *await asyncio.open_connection(sock=ours, limit=_LONGEST_REPORT))
 
     @property
     def alive(self) -> bool:
@@ -89,6 +95,11 @@ class Child:
             with suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
+    def ask_what_runs(self) -> None:
+        """Have it say so. One that has told nothing yet may have no handler, and would die of the signal."""
+        if self._has_told:
+            self.send(signal.SIGUSR1)
+
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Ask it to end: the first time it drains, the second it gives its jobs back, the third it leaves.
 
@@ -108,18 +119,32 @@ class Child:
         self.send(signal.SIGKILL)
 
     async def _watch(self) -> int:
-        with suppress(OSError):
-            while line := await self._reader.readline():
-                self.report = Report.decode(line)
-                self.was_ready = self.was_ready or self.report.ready
-                self._told = time.monotonic()
-                self.changed.set()
+        reading = asyncio.create_task(self._read())
         status = await self._process.wait()
+        await asyncio.wait({reading}, timeout=_LAST_WORDS)
+        reading.cancel()
         self._writer.close()
         if self._axe is not None:
             self._axe.cancel()
         self.changed.set()
         return status
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                line = await self._reader.readline()
+                report = Report.decode(line) if line else None
+            except OSError:
+                return
+            except (ValueError, TypeError):  # longer than the longest, or no report: the next may be one
+                _log.warning("%s has told what cannot be read", self.name)
+                continue
+            if report is None:
+                return
+            self._has_told, self._told, self.report = True, time.monotonic(), report
+            self.about = report.about or self.about
+            self.was_ready = self.was_ready or report.has_worked
+            self.changed.set()
 
 
 def described(status: int) -> str:

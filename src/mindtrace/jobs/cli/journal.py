@@ -3,10 +3,11 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from mindtrace.jobs.cli.output import say
+from mindtrace.jobs.cli.output import say, without_login
 from mindtrace.jobs.delivery import escaped
 from mindtrace.jobs.logs import JobFilter, JsonFormatter
 
@@ -30,6 +31,7 @@ class Journal:
     def __init__(self, form: str, level: int, *, several: bool) -> None:
         self.form: str = form
         self._level, self._several = level, several
+        self._handler: logging.Handler | None = None
 
     def open(self, *, insists: bool) -> None:
         """Log to stderr from now on. An application that has set up logging of its own keeps it, unless we insist."""
@@ -37,7 +39,7 @@ class Journal:
         logging.getLogger(_OURS).setLevel(self._level)
         if root.handlers and not insists:
             return
-        handler = logging.StreamHandler(sys.stderr)
+        handler = self._handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonFormatter() if self.form == "json" else _TextFormatter(self._several))
         handler.addFilter(_Once())
         handler.addFilter(JobFilter())
@@ -47,15 +49,41 @@ class Journal:
             driver = logging.getLogger(name)
             driver.setLevel(max(self._level, driver.level, logging.INFO))
 
+    @contextmanager
+    def held(self, failure: type[BaseException]) -> Generator[None]:
+        """What the library logs inside the block is said after it; or never, where it fails like that, which says all.
+
+        Args:
+            failure: raised by the block.
+        """
+        records: list[logging.LogRecord] = []
+
+        def hold(record: logging.LogRecord) -> bool:
+            if record.name.startswith(_OURS):
+                records.append(record)
+                return False
+            return True
+
+        if self._handler is not None:
+            self._handler.addFilter(hold)
+        try:
+            yield
+        except failure:
+            records.clear()
+            raise
+        finally:
+            if self._handler is not None:
+                self._handler.removeFilter(hold)
+                for record in records:
+                    self._handler.handle(record)
+
     def say(self, text: str) -> None:
-        """What somebody asked for, at any level."""
-        if self.form == "json":
-            record = logging.makeLogRecord(
-                {"name": __name__, "levelno": logging.INFO, "levelname": "INFO", "msg": text}
-            )
-            print(JsonFormatter().format(record), file=sys.stderr, flush=True)
-        else:
-            say(text)
+        """What somebody asked for, at any level. Where nobody reads it, nothing is said, and nothing fails."""
+        with suppress(OSError, ValueError):
+            if self.form == "json":
+                say_record(text, logging.INFO)
+            else:
+                say(text)
 
     def banner(self, facts: Mapping[str, Any]) -> None:
         """The first lines; as JSON they are one record."""
@@ -64,7 +92,16 @@ class Journal:
             return
         width = max(map(len, facts))
         for name, value in facts.items():
-            say(f"{name:<{width}}  {value}")
+            self.say(f"{name:<{width}}  {value}")
+
+
+def say_record(text: str, level: int, error: BaseException | None = None) -> None:
+    """A line of JSON to stderr, as a logger would have it; with the traceback of the error, if one is given."""
+    about: dict[str, Any] = {"name": __name__, "levelno": level, "levelname": logging.getLevelName(level), "msg": text}
+    if error is not None:
+        about["exc_info"] = (type(error), error, error.__traceback__)
+    line = JsonFormatter().format(logging.makeLogRecord(about))
+    print(without_login(line), file=sys.stderr, flush=True)
 
 
 class _TextFormatter(logging.Formatter):

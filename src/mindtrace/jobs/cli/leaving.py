@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 _log = logging.getLogger(__name__)
 
@@ -15,13 +17,32 @@ _REST_WITHIN = 1.0  # seconds for tasks that nobody waits for, and again for gen
 _EXIT_WITHIN = 2.0  # seconds for threads that the interpreter would wait for
 
 
-def run(main: Coroutine[Any, Any, int], new_loop: Callable[[], asyncio.AbstractEventLoop]) -> int:
-    """As `asyncio.run`, which would wait for ever for a task that swallows its cancellation."""
+def run(
+    main: Coroutine[Any, Any, int],
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+    broken: Callable[[BaseException], None],
+) -> int:
+    """As `asyncio.run`, which would wait for ever for a task that swallows its cancellation.
+
+    Args:
+        main: what is run.
+        new_loop: makes its loop.
+        broken: called where the loop has ended before `main`: another task stopped it, or raised what ends a loop.
+
+    Raises:
+        RuntimeError: another task stopped the loop.
+        BaseException: what `main` raised, or what ended the loop.
+    """
     loop = new_loop()
     asyncio.set_event_loop(loop)
+    task = loop.create_task(main)
     try:
         try:
-            return loop.run_until_complete(main)
+            return loop.run_until_complete(task)
+        except (RuntimeError, SystemExit, KeyboardInterrupt) as error:
+            if not task.done():
+                broken(error)
+            raise
         finally:
             loop.run_until_complete(_end_the_rest())
     finally:
@@ -61,9 +82,31 @@ async def _end_the_rest() -> None:
 def _leave(status: int, kept_by: list[str]) -> None:
     time.sleep(_EXIT_WITHIN)
     _log.warning("left without waiting for %s", ", ".join(kept_by))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    crash(status)
+
+
+def crash(status: int) -> NoReturn:
+    """End the process with this status at once, and leave all as it is."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed from the start they are None
+            stream.flush()
     os._exit(status)
+
+
+def forget_a_broken_stderr() -> None:
+    """At the end, the interpreter would take what it could not write for a failure of the program."""
+    try:
+        sys.stderr.flush()
+    except AttributeError:  # it was closed from the start, and is None
+        pass
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether whoever started this process had it ignore the signal: `nohup` has, and means it."""
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 class Terminal:

@@ -26,7 +26,12 @@ _STYLES: Final = {"bold": "1", "red": "31", "yellow": "33"}
 
 def say(text: str) -> None:
     """A line to stderr: control characters are escaped, and what may be a login in a URL is left out."""
-    print(escaped(_LOGIN.sub("***@", text), "\n"), file=sys.stderr, flush=True)
+    print(escaped(without_login(text), "\n"), file=sys.stderr, flush=True)
+
+
+def without_login(text: str) -> str:
+    """The text without what may be a login in a URL."""
+    return _LOGIN.sub("***@", text)
 
 
 def result(text: str) -> None:

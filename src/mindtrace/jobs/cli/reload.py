@@ -98,7 +98,7 @@ class Reloader:
 
     def _on_usr1(self) -> None:
         if self._child is not None:
-            self._child.send(signal.SIGUSR1)
+            self._child.ask_what_runs()
 
     def _on_stop(self, number: signal.Signals) -> None:
         self._signals.append(number)

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mindtrace.jobs.probes import State
@@ -21,14 +21,16 @@ class Report:
         phase: `starting` until the application is imported and its options are known to be good.
         alive: as the probe would say.
         ready: as the probe would say.
+        has_worked: it was ready once, if only for so long that no report could say so.
         leave_within: seconds that it may need to end after a first signal.
         facts: what the probe tells besides.
-        about: what it is, for the banner.
+        about: what it is, for the banner; told once.
     """
 
     phase: Literal["starting", "running"] = "starting"
     alive: bool = True
     ready: bool = False
+    has_worked: bool = False
     leave_within: float = 50.0
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -61,15 +63,18 @@ class Upward:
         self._socket.set_inheritable(False)  # or a process that a job started would keep it open for us
         self._orphaned = orphaned
         self._unsent = b""
+        self._introduced = False
         threading.Thread(target=self._listen, name="mtj-supervisor", daemon=True).start()
 
     def tell(self, report: Report) -> None:
         """Send it; a supervisor that reads nothing misses some reports, and never half of one."""
-        data = self._unsent or report.encode()
+        if not self._unsent:
+            self._unsent = (replace(report, about={}) if self._introduced else report).encode()
+            self._introduced = self._introduced or bool(report.about)
         try:
-            self._unsent = data[self._socket.send(data, socket.MSG_DONTWAIT) :]
+            self._unsent = self._unsent[self._socket.send(self._unsent, socket.MSG_DONTWAIT) :]
         except BlockingIOError:
-            self._unsent = data
+            pass
         except OSError:  # it is gone: `_listen` says so
             self._unsent = b""
 

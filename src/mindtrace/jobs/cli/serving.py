@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -19,11 +19,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mindtrace.jobs.cli import leaving, target
-from mindtrace.jobs.cli.errors import UsageError
+from mindtrace.jobs.cli.errors import CommandError, UsageError
 from mindtrace.jobs.cli.report import Report, Upward
 from mindtrace.jobs.delivery import Dead, Done, Release, Retry
-from mindtrace.jobs.errors import Closed, NotSupported, QueueMismatch, UnsafeBackend
-from mindtrace.jobs.events import Event, JobSettled
+from mindtrace.jobs.errors import BackendUnavailable, Closed, JobsError, NotSupported, QueueMismatch, UnsafeBackend
+from mindtrace.jobs.events import Event, JobSettled, JobStarted
 from mindtrace.jobs.health import Health
 from mindtrace.jobs.notify import Notifier
 from mindtrace.jobs.probes import Probes, State
@@ -59,6 +59,7 @@ class Serving:
         self._over, self._saying = threading.Event(), threading.Lock()
         self._heard, self._said = 0, 0.0  # signals that were said, and when
         self._settled = Counter[str]()
+        self._has_worked = False
 
     def run(self) -> int:
         """Load the application and run its worker.
@@ -67,9 +68,10 @@ class Serving:
             0 if all runs ended by themselves, 1 if some were handed back, or a job ended the worker.
         """
         plan = self._plan
-        signal.signal(signal.SIGUSR1, self._on_usr1)
+        signal.signal(signal.SIGUSR1, self._on_usr1)  # before the first report, after which a supervisor may send it
         terminal = leaving.Terminal()
-        signal.signal(signal.SIGHUP, lambda number, frame: self._on_hangup(terminal))
+        if not leaving.is_ignored(signal.SIGHUP):
+            signal.signal(signal.SIGHUP, lambda number, frame: self._on_hangup(terminal))
         with ExitStack() as stack:
             if plan.supervised is not None:
                 self._upward = Upward(plan.supervised, self._on_orphaned)
@@ -78,10 +80,32 @@ class Serving:
             beat.start()
             try:
                 loaded = target.load(plan.target)
-                return leaving.run(self._serve(loaded, probes), self._new_loop())
+                return self._run(self._serve(loaded, probes))
             finally:
                 self._over.set()
                 beat.join(2.0)
+                if self._upward is not None and not beat.is_alive():
+                    self._upward.tell(self._report(self._state()))
+
+    def _run(self, main: Coroutine[Any, Any, int]) -> int:
+        try:
+            return leaving.run(main, self._new_loop(), self._on_broken_loop)
+        except (CommandError, JobsError):
+            raise
+        except BaseException as error:  # the user's code: the library lets nothing but its own out
+            if self._worker is None:
+                raise
+            raise CommandError(f"the worker has ended: {target.described(error)}") from error
+
+    def _on_broken_loop(self, error: BaseException) -> None:
+        """A job, nobody knows which, has ended the loop under all. Handed back, it would do so again, for ever.
+
+        So this is a crash, and counts as one for each job that runs.
+        """
+        if self._worker is not None:
+            how = "stopped the event loop" if isinstance(error, RuntimeError) else f"raised {target.described(error)}"
+            _log.error("a task of a job %s: the worker leaves as if it had crashed", how)
+            leaving.crash(1)
 
     def _new_loop(self) -> Callable[[], asyncio.AbstractEventLoop]:
         if self._plan.loop == "asyncio":
@@ -107,7 +131,8 @@ class Serving:
             _log.warning("the local backend: only this process can hand in jobs; MINDTRACE_JOBS_URL names a broker")
         try:
             if plan.burst:
-                await orchestrator.open()  # there is nothing to wait for: no broker is an error
+                with plan.journal.held(BackendUnavailable):
+                    await orchestrator.open()  # there is nothing to wait for: no broker is an error
             await worker.work()
         except (SystemExit, KeyboardInterrupt) as error:
             _log.error("a job raised %s: the worker has ended", type(error).__name__)
@@ -157,6 +182,7 @@ class Serving:
 
     def _note(self, event: Event) -> None:
         """A line for each job that ended well; of one that did not, the worker has said so."""
+        self._has_worked = self._has_worked or isinstance(event, JobStarted)
         if not isinstance(event, JobSettled) or not event.accepted:
             return
         settlement = event.settlement
@@ -198,8 +224,10 @@ class Serving:
 
     def _stop(self, worker: Worker, now: bool) -> None:
         """In the loop, if it turns."""
-        self._say_what_was_heard()
-        worker.stop(now=now)
+        try:
+            self._say_what_was_heard()
+        finally:
+            worker.stop(now=now)
 
     def _on_hangup(self, terminal: leaving.Terminal) -> None:
         if terminal.is_gone() and not self._signals:
@@ -225,26 +253,31 @@ class Serving:
         return State(health.healthy, health.ready, _facts_of(health))
 
     def _beat(self) -> None:
-        was_ready = False
-        while not self._over.wait(_LOOK_EVERY if not was_ready or self._signals else min(0.5, self._notifier.every)):
+        while not self._over.wait(_LOOK_EVERY if not self._has_worked or self._signals else self._every()):
             state = self._state()
-            was_ready = was_ready or state.ready
+            self._has_worked = self._has_worked or state.ready
             if self._upward is not None:
                 self._upward.tell(self._report(state))
-            status = "receiving" if state.ready else "not ready" if was_ready else "starting, or waiting for the broker"
-            self._notifier.beat(alive=state.alive, ready=state.ready, status=status)
-            self._say_what_was_heard(again=True)
-            while self._wanted:
-                if self._wanted.pop(0) == "running":
-                    self._say_what_runs()
-                else:
-                    _log.info("SIGHUP: nothing is replaced without --processes")
+            words = "not ready" if self._has_worked else "starting, or waiting for the broker"
+            self._notifier.beat(alive=state.alive, ready=state.ready, status="receiving" if state.ready else words)
+            with suppress(OSError, ValueError):  # nobody reads what it says: no reason to seem dead
+                self._say_what_was_heard(again=True)
+                while self._wanted:
+                    if self._wanted.pop(0) == "running":
+                        self._say_what_runs()
+                    else:
+                        _log.info("SIGHUP: nothing is replaced without --processes")
+
+    def _every(self) -> float:
+        return min(0.5, self._notifier.every)
 
     def _report(self, state: State) -> Report:
         worker = self._worker
         if worker is None:
             return Report()
-        return Report("running", state.alive, state.ready, worker.drain + _GRACE, state.facts, self._about)
+        return Report(
+            "running", state.alive, state.ready, self._has_worked, worker.drain + _GRACE, state.facts, self._about
+        )
 
     def _say_what_runs(self) -> None:
         """From this thread, so that no frame of ours is among those of the job that blocks the loop."""

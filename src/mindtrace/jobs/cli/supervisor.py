@@ -6,7 +6,7 @@ Each place among the N is kept by a task of its own:
                  |                +--> crashes                                     --> start, after a back-off
                  |                +--> SIGHUP: a successor is ready, so this drains --> the successor has the place
                  |                +--> SIGTERM: drains                             --> the place is given up
-                 +--> status 2, 3 or 4, never ready: what is wrong will not mend itself --> all stop, with that status
+                 +--> never ready: a back-off; or, with status 2, 3 or 4 where none ever was: all stop, with that status
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 from mindtrace.jobs.cli.children import Child, described
-from mindtrace.jobs.cli.leaving import Terminal
+from mindtrace.jobs.cli.leaving import Terminal, is_ignored
 from mindtrace.jobs.notify import Notifier
 from mindtrace.jobs.probes import State
 
@@ -31,7 +31,6 @@ _log = logging.getLogger(__name__)
 READY_WITHIN = 60.0
 """Seconds that a successor has to become ready, before a rolling restart is given up."""
 _HOPELESS = frozenset((2, 3, 4))  # configuration, import, login: trying again does not mend them
-_TRIES = 5  # of a process that cannot start, where others of its kind once could
 _LASTED = 60.0  # seconds after which a crash is not one of starting
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _FIRST_ALONE = 5.0  # seconds that the first one, its application imported, has to be ready before the others start
@@ -45,7 +44,6 @@ class _Place:
     current: Child | None = None
     successor: Child | None = None
     crashes: int = 0  # in a row
-    hopeless: int = 0  # the same, of processes that never were ready and said that they never will be
 
     def has_successor(self) -> bool:
         return self.successor is not None
@@ -96,6 +94,9 @@ class Supervisor:
             signal.SIGTERM: partial(self._on_stop, signal.SIGTERM),
             signal.SIGINT: partial(self._on_stop, signal.SIGINT),
         }
+        if is_ignored(signal.SIGHUP):
+            del handlers[signal.SIGHUP]
+            _log.info("SIGHUP is ignored, as under nohup: it replaces nothing")
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         first, *others = self._places
@@ -141,25 +142,25 @@ class Supervisor:
             status = await child.ended
             self._has_worked = self._has_worked or child.was_ready
             lasted = time.monotonic() - child.began > _LASTED
-            if lasted or status == 0 or child.was_told_to_end:
+            if lasted or (status == 0 and child.was_ready) or child.was_told_to_end:
                 place.crashes = 0
             if self._stop_asked.is_set() or (self._burst and status == 0):
                 return
             if child.was_told_to_end or place.has_successor():
                 continue
-            if status == 0:
+            if status == 0 and child.was_ready:
                 _log.info("%s has ended by itself: replaced", child.name)
-                continue
-            place.hopeless = place.hopeless + 1 if status in _HOPELESS and not child.was_ready else 0
-            if place.hopeless >= (_TRIES if self._can_work() else 1):
+            elif status in _HOPELESS and not child.was_ready and not self._can_work():
                 _log.error("%s cannot start (%s): all stop", child.name, described(status))
                 self._fatal = status
                 self._stop(signal.SIGTERM)
                 return
-            await self._back_off(place, f"{child.name} has ended: {described(status)}")
+            else:
+                how = "has ended" if child.was_ready else "has ended before it was ready"
+                await self._back_off(place, f"{child.name} {how}: {described(status)}")
 
     def _can_work(self) -> bool:
-        """Whether one ever did: else what keeps the first from starting would keep all."""
+        """Whether one ever did: else what keeps one from starting keeps all, and trying again does not mend it."""
         return self._has_worked or any(child.was_ready for child in self._children)
 
     async def _start(self, place: _Place) -> Child:
@@ -263,7 +264,7 @@ class Supervisor:
 
     def _on_usr1(self) -> None:
         for child in self._children:
-            child.send(signal.SIGUSR1)
+            child.ask_what_runs()
 
     def _on_hangup(self) -> None:
         if self._terminal.is_gone():
@@ -277,7 +278,7 @@ class Supervisor:
         """Tell systemd how we are, and once whoever looks what we are."""
         while True:
             state = self.state()
-            if not self._introduced and (about := [one.report.about for one in self._children if one.report.about]):
+            if not self._introduced and (about := [one.about for one in self._children if one.about]):
                 self._introduced = True
                 self._introduce(about[0])
             ready = sum(child.ready for child in list(self._children))

@@ -1,5 +1,6 @@
 """TARGET: `module:object`, or a function without arguments that gives one; found, imported, and checked."""
 
+import asyncio
 import importlib
 import inspect
 import sys
@@ -100,22 +101,27 @@ def _failed(target: str, error: BaseException) -> AppError | UsageError:
     module = target.partition(":")[0]
     if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
         return AppError(f"{target}: there is no module {error.name!r} in {Path.cwd()} or on the path")
+    said = f"{target}: {described(error)}"
+    return UsageError(said) if isinstance(error, ConfigError) else AppError(said)
+
+
+def described(error: BaseException) -> str:
+    """In one line: what the user's code raised, and where."""
     if isinstance(error, SyntaxError) and error.filename:
         where, text = f"{_short(error.filename)}:{error.lineno}", error.msg
     else:
         where, text = _place(error), str(error)
     line = " ".join(text.split())
-    said = f"{target}: {type(error).__name__}{': ' if line else ''}{line}{where and f' ({where})'}"
-    return UsageError(said) if isinstance(error, ConfigError) else AppError(said)
+    return f"{type(error).__name__}{': ' if line else ''}{line}{where and f' ({where})'}"
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line outside the import system and this library."""
+    """The innermost line outside the import system, asyncio and this library."""
     trace, place = error.__traceback__, ""
-    ours = str(Path(__file__).parents[1])
+    ours, standard = str(Path(__file__).parents[1]), {Path(str(one.__file__)).parent for one in (importlib, asyncio)}
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if not name.startswith(("<frozen", ours)) and Path(name).parent != Path(importlib.__file__).parent:
+        if not name.startswith(("<frozen", ours)) and Path(name).parent not in standard:
             place = f"{_short(name)}:{trace.tb_lineno}"
         trace = trace.tb_next
     return place

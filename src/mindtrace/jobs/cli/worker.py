@@ -153,12 +153,15 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
     )
     if settings[RELOAD] and processes is not None and not is_child:
         raise UsageError("--reload and --processes: one process is what can be reloaded")
-    with broker_for_the_application(settings):  # which the processes of a supervisor find in their environment
-        if is_child:
-            return _serve(plan)
-        if settings[RELOAD]:
-            return _reload(plan, _words(parsed, settings))
-        return _serve(plan) if processes is None else _supervise(plan, _words(parsed, settings), processes)
+    try:
+        with broker_for_the_application(settings):  # which the processes of a supervisor find in their environment
+            if is_child:
+                return _serve(plan)
+            if settings[RELOAD]:
+                return _reload(plan, _words(parsed, settings))
+            return _serve(plan) if processes is None else _supervise(plan, _words(parsed, settings), processes)
+    finally:
+        leaving.forget_a_broken_stderr()
 
 
 def _loop(wanted: str) -> Literal["asyncio", "uvloop"]:

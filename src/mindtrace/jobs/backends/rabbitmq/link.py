@@ -101,7 +101,6 @@ class Link:
             except AuthenticationFailed as error:
                 self._failed = error
                 self._changed.set()
-                _log.error("%s", error)
                 return
             except BackendUnavailable as error:
                 if failures == 0:
