@@ -133,12 +133,12 @@ def test_a_stderr_that_nobody_reads_stops_neither_the_work_nor_the_signs_of_life
 
 def test_a_process_may_have_a_lot_to_tell_of_itself(site: Any) -> None:
     site.write(
-        "from app import *\nworker = Worker(an_orchestrator(), [Works('q' * 100 + str(n)) for n in range(400)])",
+        "from app import *\nworker = Worker(an_orchestrator(), [Works('q' * 100 + str(n)) for n in range(700)])",
         "long.py",
     )
     command = site.start("long:worker", "--processes", "1")
-    command.err.until("^queues +qqq.*399$")
-    command.err.until(" queues qqq.*399, concurrency")
+    command.err.until("^queues +qqq.*699$")
+    command.err.until(" queues qqq.*699, concurrency")
     command.send(signal.SIGTERM)
     assert command.status() == 0
 
