@@ -286,6 +286,39 @@ def test_an_absent_broker_is_waited_for_and_a_lost_one_too_and_the_probes_tell_i
     assert len(warnings) == len(set(warnings))  # nothing is said twice
 
 
+def test_a_job_that_is_put_off_is_not_handed_back(site: Any) -> None:
+    site.write(
+        """
+from app import *
+from mindtrace.jobs import Snooze
+
+class Sleepy(AsyncConsumer):
+    async def run(self, job_dict):
+        raise Snooze(3600)
+
+worker = Worker(an_orchestrator(), [Sleepy("jobs")])
+""",
+        "own.py",
+    )
+    site.publish()
+    worker = site.start("own:worker", "--burst")
+    assert worker.status() == 0
+    assert worker.err.all()[-1].endswith(": 0 done, 0 to be retried, 0 dead, 1 put off, 0 handed back")
+
+
+def test_what_is_handed_back_in_an_outage_is_counted_as_the_status_has_it(
+    server: Broker, site_on: Callable[[str], Any]
+) -> None:
+    site = site_on(server.url)
+    site.publish(gate=str(site.gate()))
+    worker = site.start("app:worker", "--drain", "0")
+    worker.out.until("begins 1")
+    server.kill()
+    worker.send(signal.SIGTERM)
+    assert worker.status() == 1
+    assert worker.err.all()[-1].endswith(": 0 done, 0 to be retried, 0 dead, 1 handed back")
+
+
 @pytest.mark.chaos
 def test_a_loop_that_is_blocked_turns_the_first_probe_red_and_hides_no_job(
     site: Any, probe: Callable[[int, str], Any], until: Callable[..., None]

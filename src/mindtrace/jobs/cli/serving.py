@@ -144,7 +144,7 @@ class Serving:
             if plan.burst:
                 with suppress(Closed):
                     await orchestrator.aclose()
-        self._say_summary(time.monotonic() - began)
+        self._say_summary(time.monotonic() - began, worker.released)
         return 1 if worker.released else 0
 
     async def _made(self, loaded: target.Loaded) -> Worker:
@@ -186,7 +186,8 @@ class Serving:
         if not isinstance(event, JobSettled) or not event.accepted:
             return
         settlement = event.settlement
-        self._settled[type(settlement).__name__] += 1
+        if not isinstance(settlement, Release) or settlement.delay > 0.0:  # else the worker counts it, or it never ran
+            self._settled[type(settlement).__name__] += 1
         if isinstance(settlement, Done) and settlement.discarded is None and _log.isEnabledFor(logging.INFO):
             _log.info(
                 "job %s of queue %s done in %.3f s",
@@ -202,12 +203,16 @@ class Serving:
                 },
             )
 
-    def _say_summary(self, seconds: float) -> None:
-        counts = [
-            f"{self._settled[kind.__name__]} {words}"
-            for kind, words in ((Done, "done"), (Retry, "to be retried"), (Dead, "dead"), (Release, "handed back"))
-        ]
-        _log.info("ended after %.1f s: %s", seconds, ", ".join(counts))
+    def _say_summary(self, seconds: float, released: int) -> None:
+        """What the broker took; and what was handed back, also where no broker was there: those come when leases end.
+
+        The last number is what the exit status goes by: a job that a snooze put off is another matter.
+        """
+        kinds = ((Done, "done"), (Retry, "to be retried"), (Dead, "dead"))
+        counts = [f"{self._settled[kind.__name__]} {words}" for kind, words in kinds]
+        if put_off := self._settled[Release.__name__]:
+            counts.append(f"{put_off} put off")
+        _log.info("ended after %.1f s: %s, %d handed back", seconds, ", ".join(counts), released)
 
     # --- signals, in the main thread, between any two instructions: nothing here may wait for a lock
 
