@@ -211,7 +211,7 @@ def test_a_burst_without_a_broker_says_so_in_one_line(site: Any) -> None:
         assert worker.status() == 4
         said = [line for line in worker.err.all() if not re.match(r"\S+  +\S", line)]  # the banner
         assert len(said) == 1
-        assert re.match(r"mindtrace-jobs: no (Redis|RabbitMQ) at \S+ within 5 s: [^:]+", said[0])
+        assert re.match(r"mindtrace-jobs: no (Redis|RabbitMQ) at \S+( within 5 s)?: [^:]+", said[0])
         assert said[0].count(" at ") == 1
 
 
