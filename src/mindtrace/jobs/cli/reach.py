@@ -76,7 +76,7 @@ def on_broker(settings: Settings, work: Callable[[Reach], Awaitable[int]]) -> in
         Stopped: a signal ended it.
     """
     with broker_for_the_application(settings), logging_to_stderr(settings[VERBOSE]):
-        loaded = None if settings[APP] is None else load(settings[APP])
+        loaded = None if (target := settings[APP]) is None else load(target)
         return run(_work(settings, loaded, work))
 
 
