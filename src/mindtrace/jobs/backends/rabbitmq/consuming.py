@@ -128,7 +128,7 @@ class Consuming:
         try:
             async with self._turn:
                 self._call = call
-                settled = await self._settling.settle(call.pairs) if call.pairs else []
+                settled = await self._settled(call) if call.pairs else []
                 if self._ended:
                     if call.pairs:
                         return Exchanged(settled, [])
@@ -202,6 +202,13 @@ class Consuming:
 
     # --- taking
 
+    async def _settled(self, call: Call) -> list[Settled]:
+        if call.limit == 0 and self._intake.is_pushed_to:
+            # Before the acknowledgements, which would have the server push more; what is released would come back here.
+            await self._intake.pause()
+            self._left = True
+        return await self._settling.settle(call.pairs)
+
     async def _take(self, call: Call) -> list[Delivery]:
         until = time.monotonic() + call.wait
         if min(call.limit, self._holdings.room) > 0:
@@ -210,10 +217,10 @@ class Consuming:
         if not deliveries and not call.pairs and call.wait > 0 and not self.nudged and not self._lacks(call):
             await self._wait(call, until)
             deliveries = self._handed_over(call)
-        if not deliveries and self._intake.is_pushed_to and (call.limit == 0 or not call.pairs):
-            self._idle = asyncio.get_running_loop().call_later(_IDLE, self._begin_release, call.number)
         if self._lease is not None:
             await self._intake.pause()
+        elif not deliveries and self._intake.is_pushed_to and not call.pairs:
+            self._idle = asyncio.get_running_loop().call_later(_IDLE, self._begin_release, call.number)
         return deliveries
 
     def _lacks(self, call: Call) -> bool:
