@@ -110,7 +110,9 @@ class QueueInUse(JobsError):
         self.queue: str = queue
         self.counts: dict[str, int] = dict(counts)
         text = ", ".join(f"{count} {name}" for name, count in self.counts.items())
-        super().__init__(f"the queue {queue!r} still has jobs ({text}): settle or purge them, or delete it by force")
+        super().__init__(
+            f"the queue {queue!r} still has jobs ({text}): settle or purge them, or delete with force=True"
+        )
 
 
 class UnsafeBackend(JobsError):

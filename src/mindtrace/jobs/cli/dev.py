@@ -55,14 +55,14 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
                 urls[variable] = stack.enter_context(start(machine=machine, say=say)).url
             if len(kinds) == 1:  # what connect() looks at, if there is only one to choose
                 urls["MINDTRACE_JOBS_URL"] = next(iter(urls.values()))
+            is_up = True
+            say("running until Ctrl-C; nothing of it is kept")
             if settings[JSON]:
                 json_line(urls)
             else:
                 for variable, url in urls.items():
                     print(f"export {variable}={url}")
             sys.stdout.flush()
-            is_up = True
-            say("running until Ctrl-C; nothing of it is kept")
             while True:  # one that came just before a wait without end would be seen after it
                 time.sleep(1.0)
     except (KeyboardInterrupt, Stopped):

@@ -4,10 +4,12 @@ import argparse
 from typing import Any
 
 from mindtrace.jobs.backend import Depth, QueueSpec
+from mindtrace.jobs.cli.errors import CommandError
 from mindtrace.jobs.cli.output import confirm, counted, document, say, table
 from mindtrace.jobs.cli.parser import Parser
 from mindtrace.jobs.cli.reach import Reach, on_broker, take_broker
 from mindtrace.jobs.cli.settings import JSON, Settings
+from mindtrace.jobs.errors import QueueInUse
 
 
 def add(parser: Parser) -> None:
@@ -74,7 +76,10 @@ async def _delete(reach: Reach, parsed: argparse.Namespace, settings: Settings) 
         parsed.name,
         is_sure=parsed.yes,
     )
-    await reach.jobs.delete(parsed.name, force=parsed.force)
+    try:
+        await reach.jobs.delete(parsed.name, force=parsed.force)
+    except QueueInUse as error:
+        raise CommandError(str(error).replace("force=True", "--force")) from error
     _done(settings, {"queue": parsed.name, "deleted": True}, f"queue {parsed.name} deleted")
     return 0
 
