@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -69,12 +70,16 @@ async def test_fifty_kills_of_workers_under_load_lose_no_job(new_scene: Callable
     assert not scene.of("unknown")
     assert not scene.of("refused")
     settled = {(answer.id, answer.number) for answer in scene.of("answer") if answer.accepted}
-    cut = [s for s in scene.of("start") if s.pid in killed and (s.id, s.number) not in settled]
+    starts, effects = scene.of("start"), {(effect.id, effect.pid) for effect in scene.of("effect")}
+    cut = [s for s in starts if s.pid in killed and (s.id, s.number) not in settled]
     assert len(cut) >= KILLS / 2  # else it was no load
-    again = {(start.id, start.number) for start in scene.of("start") if start.number > 1}
+    again = {(start.id, start.number) for start in starts if start.number > 1}
+    by_id = defaultdict[str, list[Any]](list)
+    for start in starts:
+        by_id[start.id].append(start)
     for start in cut:  # the next run has higher numbers, or it was done all the same and only we were not told
-        later = [(s.number, s.attempt) for s in scene.of("start", start.id) if s.number > start.number]
-        done = any(effect.pid == start.pid for effect in scene.of("effect", start.id))
+        later = [(s.number, s.attempt) for s in by_id[start.id] if s.number > start.number]
+        done = (start.id, start.pid) in effects
         assert done or (later and all(attempt > start.attempt for _, attempt in later))
     assert again
 
