@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.rabbitmq, pytest.mark.fault, pytest
 WRITERS = 20
 GOES_ON_WITHIN = 2.0
 ENOUGH = 20.0
+PUBLISHES_WITHIN = 10.0
 
 
 class Load:
@@ -84,7 +86,7 @@ async def test_kills_and_a_restart_of_the_server_under_load_lose_nothing_that_wa
 ) -> None:
     """With both kinds of queue. Twice it is killed, once it ends in order; there are workers who never saw it."""
     loads = [Load(await new_scene("fifo"), random), Load(await new_scene("priority"), random)]
-    scenes = [load.scene for load in loads]
+    scenes, outages = [load.scene for load in loads], list[float]()
 
     async def come_back(how: str) -> None:
         async with asyncio.timeout(ENOUGH):
@@ -94,11 +96,13 @@ async def test_kills_and_a_restart_of_the_server_under_load_lose_nothing_that_wa
                 faults.enter_context(scene.ledger.fault(f"{how} of the server"))
             await asyncio.sleep(random.uniform(0.5, 0.8))  # what was acknowledged before this, it has written down
             late: list[Any] = []
+            began = time.monotonic()
             try:
                 if how != "end":
                     late = await kill()
             finally:
                 await asyncio.to_thread(server.restart)
+                outages.append(time.monotonic() - began)
             async with asyncio.timeout(GOES_ON_WITHIN):
                 under_way = [load.is_under_way() for load in loads]
                 await asyncio.gather(*under_way, *(process.next_run() for process in late))
@@ -132,7 +136,8 @@ async def test_kills_and_a_restart_of_the_server_under_load_lose_nothing_that_wa
         assert {confirmed.id for confirmed in scene.of("confirmed")} <= {effect.id for effect in scene.of("effect")}
         assert load.outcomes["confirmed"] > 100  # else it was no load
         assert load.outcomes["TimeoutError"]
-        assert not load.outcomes["BackendUnavailable"]  # the outages were shorter than a publish may take
+        if max(outages) < PUBLISHES_WITHIN:  # on a busy machine a server may take longer to start
+            assert not load.outcomes["BackendUnavailable"]
 
 
 async def test_a_server_that_stands_still_costs_only_the_leases_of_those_who_tolerate_less(
