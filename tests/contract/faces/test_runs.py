@@ -303,6 +303,8 @@ async def test_a_thread_whose_time_is_over_is_settled_at_once_and_its_late_retur
         await jobs.until_dead("orders")
         assert await jobs.depth("orders") == known(0, 0, 0, 1)
         gate.open()
+        while not flags:  # noqa: ASYNC110 (a stop does not wait for what is settled already)
+            await asyncio.sleep(0.001)
     [record] = await jobs.dead("orders")
     assert (record.reason, flags) == ("timeout", [True])
 
