@@ -133,16 +133,28 @@ async def gone(pid: int) -> None:
         os.close(fd)
 
 
-def no_child_is_left() -> bool:
-    """Neither at work nor unreaped; a broker that other tests have started is no child of a worker."""
+def children() -> set[int]:
+    """Of this process, those too that have ended and were not waited for."""
+    found = set[int]()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == os.getpid() and (
-                state == "Z" or b"mindtrace.jobs.child" in (folder / "cmdline").read_bytes()
-            ):
-                return False
-    return True
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(folder.name))
+    return found
+
+
+BEFORE = set[int]()
+
+
+@pytest.fixture(autouse=True)
+def other_children() -> None:
+    """What other tests have started, brokers for example."""
+    BEFORE.clear()
+    BEFORE.update(children())
+
+
+def no_child_is_left() -> bool:
+    return children() <= BEFORE
 
 
 async def dead_letters(orchestrator: AsyncOrchestrator, queue: str = "jobs") -> dict[str, DeadRecord]:
