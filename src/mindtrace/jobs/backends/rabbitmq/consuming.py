@@ -198,7 +198,7 @@ class Consuming:
             _log.debug("a receiver was not left in order: %s", error)
         finally:
             self._holdings.lose_all(released)
-            self._intake.close()
+            await self._intake.aclose()
 
     # --- taking
 

@@ -96,10 +96,12 @@ class Intake:
         self._holdings.lose_queue(queue)
         self._changed()
 
-    def close(self) -> None:
-        """Close the channels, for good."""
+    async def aclose(self) -> None:
+        """Close the channels, for good; within a second the server has done so, and counts no consumer any more."""
         self._closed = True
-        self.abandon()
+        closing = [lane.channel.begin_close() for lane in (self._gets, self._pushes) if lane is not None]
+        if closing:
+            await asyncio.wait(closing, timeout=1.0)
 
     def abandon(self) -> None:
         """Close the channels: what is out on them goes back."""
