@@ -117,6 +117,8 @@ class Retiming:
         counts = list[int]()
         while len(counts) < LEVELS and (kept := await self._admin.look(self._topology.hold(len(counts)))) is not None:
             counts.append(kept.messages)
+        if not counts:
+            return True
         if sum(counts) > _MOST:
             _log.warning("RabbitMQ was restarted: of %d delayed jobs some are late by as much", sum(counts))
             return True
