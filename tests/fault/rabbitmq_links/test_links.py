@@ -103,6 +103,32 @@ async def test_a_queue_deleted_under_its_consumer_is_missed_not_made_again(
         assert await second.settle([(other, Done())]) == [None]
 
 
+async def test_what_was_done_outlasts_its_receiver_though_its_queue_is_slow_to_write_it_down(
+    namespace: str, opened: Opened, ctl: Ctl
+) -> None:
+    """Of 40 acknowledgements the channel passes on 33, and 7 wait in it when the receiver is left.
+
+    Another queue that it takes from is gone by then.
+    """
+    backend, another = await opened(), await opened()
+    await backend.declare(QueueSpec("other"))
+    await backend.publish("jobs", messages(*(f"{n}" for n in range(40))))
+    async with backend.receiver(["other", "jobs"], slots=40) as receiver, asyncio.timeout(20):
+        deliveries = list[Delivery]()
+        while len(deliveries) < 40:
+            deliveries += await receiver.receive(40, wait=5.0)
+        await another.delete("other")
+        await ctl(
+            f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{namespace}:jobs">>)),'
+            " {Name, _} = amqqueue:get_pid(Q), sys:suspend(Name),"
+            " spawn(fun() -> timer:sleep(2000), sys:resume(Name) end)"
+        )
+        assert await receiver.settle([(delivery, Done()) for delivery in deliveries]) == [None] * 40
+    await another.publish("jobs", messages("last"))  # behind whatever has come back
+    async with another.receiver(["jobs"], slots=41) as receiver:
+        assert [one.message.id for one in await receiver.receive(41, wait=5.0)] == ["last"]
+
+
 async def test_an_exchange_that_is_gone_costs_neither_the_connection_nor_a_lease(
     broker: Broker, namespace: str, opened: Opened
 ) -> None:
