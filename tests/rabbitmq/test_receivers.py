@@ -3,12 +3,24 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mindtrace.jobs import BackendUnavailable, Closed, Delivery, Done, QueueMismatch, QueueNotFound, QueueSpec, Retry
+from mindtrace.jobs import (
+    BackendUnavailable,
+    Closed,
+    Delivery,
+    Done,
+    QueueMismatch,
+    QueueNotFound,
+    QueueSpec,
+    Receiver,
+    Retry,
+)
 from mindtrace.jobs.job import new_job_id
 from mindtrace.jobs.testing.brokers import Broker
 from mindtrace.jobs.testing.proxy import Amqp, FaultProxy
@@ -192,6 +204,43 @@ async def test_what_nobody_was_handed_does_not_lapse_as_a_crash(world: "World") 
                 waiting = asyncio.create_task(receiver.receive(1, wait=BOUND))
             [again] = await waiting
     assert (again.message, again.crashes) == (sent[0], 1)
+
+
+async def test_who_waits_costs_next_to_nothing_whatever_it_waits_for(world: "World") -> None:
+    """Jobs, room for one, a nudge, the server's return: by the frames it sends and the time of the processor."""
+    queue, other, lost = await world.queue(), await world.queue("other"), asyncio.Event()
+    await world.backend.publish(other, messages(2))
+    async with FaultProxy.to(world.url, wire=Amqp) as proxy, AsyncExitStack() as stack:
+        backend = await world.another(proxy.url(world.url))
+
+        async def a_receiver(*queues: str, **options: Any) -> Receiver:
+            return await stack.enter_async_context(backend.receiver(queues, **options))
+
+        async def idle(limit: int, receivers: Sequence[Receiver]) -> list[str]:
+            """What they say after half a second, in which they did next to nothing."""
+            worked, sent = time.process_time(), proxy.count()
+            waiting = [asyncio.create_task(one.exchange([], limit, wait=0.5)) for one in receivers]
+            await asyncio.wait(waiting, timeout=0.5)
+            assert time.process_time() - worked < 0.3 * 0.5
+            assert proxy.count() - sent < 10 * len(receivers)
+            for receiver, call in zip(receivers, waiting, strict=True):
+                if not call.done():
+                    receiver.nudge()
+            async with asyncio.timeout(BOUND):
+                return [type(one).__name__ for one in await asyncio.gather(*waiting, return_exceptions=True)]
+
+        full = await a_receiver(other, lost=lambda _: lost.set())
+        lacking = await a_receiver("nowhere", other)
+        for receiver in (full, lacking):
+            assert len((await receiver.exchange([], 1, wait=BOUND)).deliveries) == 1
+        taking = [await a_receiver(queue), await a_receiver(queue, keep=False), await a_receiver(queue, other, slots=9)]
+        assert await idle(1, [full, lacking, *taking]) == ["Exchanged"] * 5
+        assert await idle(0, [full, lacking, *taking]) == ["Exchanged"] * 5
+        proxy.refuse()
+        await lost.wait()
+        assert await idle(1, [full, lacking, *taking]) == ["BackendUnavailable"] * 5
+        assert await idle(0, [full, lacking, *taking]) == ["Exchanged"] * 5
+        await backend.aclose()
 
 
 @pytest.mark.parametrize("settles", [True, False])

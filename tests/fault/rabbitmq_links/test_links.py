@@ -103,6 +103,29 @@ async def test_a_queue_deleted_under_its_consumer_is_missed_not_made_again(
         assert await second.settle([(other, Done())]) == [None]
 
 
+async def test_a_job_whose_get_is_answered_too_late_is_another_receivers(proxy: FaultProxy, opened: Opened) -> None:
+    """It was handed to a call that has given up; and who gave up receives again once the line is well."""
+    backend, another = await opened(proxy), await opened()
+    await another.publish("jobs", messages("a"))
+
+    async def hold_back() -> None:
+        proxy.down.black_hole()
+
+    async with backend.receiver(["jobs"]) as receiver, another.receiver(["jobs"]) as second, asyncio.timeout(30):
+        proxy.before(1, hold_back, of=lambda name: name == b"BASIC.GET")
+        with pytest.raises(BackendUnavailable, match="no answer from RabbitMQ within 5 s"):
+            await receiver.receive(1)
+        [delivery] = await second.receive(1, wait=5.0)
+        assert (delivery.message.id, delivery.attempt, delivery.crashes) == ("a", 2, 1)
+        proxy.down.flow()
+        assert await second.settle([(delivery, Done())]) == [None]
+        await another.publish("jobs", messages("b"))
+        [delivery] = await receiver.receive(1, wait=5.0)
+        assert (delivery.message.id, delivery.crashes) == ("b", 0)
+        assert await receiver.settle([(delivery, Done())]) == [None]
+        assert (await another.depth("jobs")).ready == 0
+
+
 async def test_what_was_done_outlasts_its_receiver_though_its_queue_is_slow_to_write_it_down(
     namespace: str, opened: Opened, ctl: Ctl
 ) -> None:
