@@ -1,6 +1,7 @@
 """Leases: how long a delivery is its receiver's, how one is kept, and what becomes of a job whose lease ends."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import astuple
 
@@ -394,6 +395,22 @@ async def test_leaving_a_receiver_releases_what_it_holds_in_its_old_place(
             assert [delivery.message for delivery in deliveries] == messages
         counts = {d.message: (d.attempt, d.crashes, d.releases) for d in deliveries}
     assert counts == {messages[0]: (1, 0, 1), messages[1]: (1, 0, 1), messages[2]: (1, 0, 0)}
+
+
+async def test_what_comes_to_a_receiver_as_it_is_left_is_no_crash(backend: Backend, queue: str) -> None:
+    """There is more than it has slots for, of which each that is handed back is one free."""
+    messages = [a_message() for _ in range(60)]
+    async with backend.receiver([queue], slots=20) as receiver:
+        assert await receiver.receive(1, wait=SHORT) == []
+        receiving = asyncio.create_task(receiver.receive(1, wait=10))
+        await backend.publish(queue, messages)
+        assert len(await receiving) == 1
+    async with backend.receiver([queue], slots=60) as receiver, asyncio.timeout(10):
+        deliveries = await receiver.receive(60, wait=10)
+        while len(deliveries) < 60:
+            deliveries += await receiver.receive(60, wait=10)
+        assert Counter(delivery.crashes for delivery in deliveries) == {0: 60}
+    assert {delivery.message for delivery in deliveries} == set(messages)
 
 
 async def test_closing_a_backend_ends_the_receivers_that_are_still_entered(backend: Backend, queue: str) -> None:

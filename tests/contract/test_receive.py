@@ -1,6 +1,8 @@
 """Receiving: how many, from where, and the bell that wakes who waits: one of them, and never none."""
 
 import asyncio
+import itertools
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
@@ -8,6 +10,7 @@ import pytest
 
 from mindtrace.jobs import Backend, Delivery, Depth, Done, Receiver, Release, Retry, Settlement
 from mindtrace.jobs.job import new_job_id
+from mindtrace.jobs.testing.faults import CancelAt
 from mindtrace.jobs.wire import Message
 
 pytestmark = pytest.mark.anyio
@@ -200,6 +203,34 @@ async def test_what_a_cancelled_call_was_to_get_is_the_next_ones(backend: Backen
             delivery = await take(receiver) if task.cancelled() else task.result()[0]
             assert delivery.message == message
             assert await receiver.settle([(delivery, Done())]) == [None]
+
+
+async def test_what_a_cancelled_call_had_been_given_is_the_next_ones(backend: Backend, queue: str) -> None:
+    """At each of its awaits, with what it waits for at hand: then the only slot is taken by what nobody has."""
+    async with backend.receiver([queue]) as receiver:
+        for k in itertools.count(1):
+            fault = CancelAt(k, "finished")
+            calling = asyncio.create_task(fault.run(receiver.receive(1, wait=LONG)))
+            await asyncio.sleep(0)
+            await backend.publish(queue, [message := a_message()])
+            [delivery] = (await calling).value or [await take(receiver)]
+            assert (delivery.message, delivery.crashes) == (message, 0)
+            assert await receiver.settle([(delivery, Done())]) == [None]
+            if not fault.struck:
+                break
+
+
+async def test_what_came_while_the_loop_stood_still_is_not_lost_with_the_call_that_is_cancelled_then(
+    backend: Backend, queue: str
+) -> None:
+    async with backend.receiver([queue]) as receiver:
+        task = await waiting(receiver)
+        await backend.publish(queue, [message := a_message(delay=0.05)])
+        time.sleep(0.3)  # noqa: ASYNC251 (it is to stand still, while threads may bring the job)
+        task.cancel()
+        await asyncio.wait({task})
+        delivery = await take(receiver) if task.cancelled() else task.result()[0]
+        assert (delivery.message, delivery.crashes) == (message, 0)
 
 
 @pytest.mark.parametrize("settlement", [Release(), Release(0.05), Retry(0.0), Retry(0.05)])

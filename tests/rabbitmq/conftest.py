@@ -94,6 +94,13 @@ class Somebody:
             while await self.count(queue) != count:  # noqa: ASYNC110 (a count rings no bell)
                 await asyncio.sleep(0.01)
 
+    async def until_consumed(self, queue: str) -> None:
+        """Waits until the server pushes from it to somebody."""
+        channel, name = await self.channel(), f"{self.namespace}:{queue}"
+        async with asyncio.timeout(ANSWERS):
+            while not (await channel.queue_declare(name, passive=True)).consumer_count:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
     async def all_of(self, queue: str) -> list[tuple[Mapping[str, Any], bytes]]:
         """Headers and bodies of all that is ready in a queue. It stays there, as what was with somebody who is gone."""
         channel, found = await self.channel(), list[tuple[Mapping[str, Any], bytes]]()
@@ -138,9 +145,9 @@ class World:
     def backend(self) -> RabbitMQBackend:
         return self._backends[0]
 
-    async def another(self, **options: Any) -> RabbitMQBackend:
-        """As another process would have it."""
-        backend = RabbitMQBackend.from_url(self.url, namespace=self.namespace, **options)
+    async def another(self, url: str | None = None, **options: Any) -> RabbitMQBackend:
+        """As another process would have it; by way of a proxy where its URL is given."""
+        backend = RabbitMQBackend.from_url(url or self.url, namespace=self.namespace, **options)
         await backend.open()
         self._backends.append(backend)
         return backend

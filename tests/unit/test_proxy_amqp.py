@@ -84,6 +84,28 @@ async def test_a_line_is_cut_at_a_frame_after_as_much_of_it_as_was_asked_for(
         writer.close()
 
 
+async def test_a_reply_of_several_frames_is_passed_on_at_once() -> None:
+    """Where the second frame waits until the system has acknowledged the first, each reply takes 40 ms."""
+    question, answer = method(60, 70), b"".join([method(60, 71), frame(2, b"header"), frame(3, b"body")])
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(len(START))
+        with suppress(ConnectionResetError):  # the end of the block
+            while await reader.read(len(question)):
+                writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(conversation, "127.0.0.1", 0)
+    async with server, FaultProxy(*server.sockets[0].getsockname(), wire=Amqp) as proxy:
+        reader, writer = await asyncio.open_connection(proxy.host, proxy.port)
+        writer.write(START)
+        async with asyncio.timeout(4):
+            for _ in range(200):
+                writer.write(question)
+                assert await reader.readexactly(len(answer)) == answer
+        writer.close()
+
+
 async def test_a_cut_needs_a_way_of_the_proxy_and_a_share() -> None:
     proxy, other = FaultProxy("127.0.0.1", 1), FaultProxy("127.0.0.1", 1)
     with pytest.raises(ValueError, match="way is up or down"):

@@ -1,6 +1,7 @@
 """Every call cancelled at each of its awaits: it is done or not, can be repeated, and leaves no channel behind."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 
 from mindtrace.jobs import (
     Dead,
+    Delivery,
     Done,
     QueueSpec,
     RabbitMQBackend,
+    Receiver,
     Release,
     Retry,
     Settlement,
@@ -63,6 +66,18 @@ async def counts(backend: RabbitMQBackend, *wanted: tuple[int, int]) -> None:
                 seen = depth.ready, depth.dead
     except TimeoutError:
         raise AssertionError(f"{seen} instead of one of {wanted}") from None
+
+
+async def channels(ctl: Ctl) -> int:
+    """How many the server has."""
+    return int(await ctl("length(rabbit_channel:list())"))
+
+
+async def at_most(count: int, ctl: Ctl) -> None:
+    """Waits until there are no more than so many channels."""
+    deadline = time.monotonic() + 15
+    while (there := await channels(ctl)) > count:
+        assert time.monotonic() < deadline, there
 
 
 async def emptied(backend: RabbitMQBackend) -> None:
@@ -122,6 +137,80 @@ async def test_an_exchange_that_is_cancelled_loses_nothing_and_counts_no_crash(
             assert await receiver.settle([(one, Done()) for one in taken]) == [None] * len(taken)
 
     assert await every_suspension(scenario, twice=False) > 0
+
+
+@pytest.mark.parametrize("by_whom", ["the next call", "the next receiver"])
+async def test_a_receive_that_is_cancelled_while_a_job_arrives_leaves_it_to_the_next(
+    opened: Opened, ctl: Ctl, by_whom: str
+) -> None:
+    """At each turn of the loop from long before until the job is there; it counts neither a crash nor a second run."""
+    backend = await opened()
+
+    async def scenario(fault: CancelAt) -> None:
+        publishing = list[asyncio.Task[object]]()
+
+        async def publish() -> None:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert await backend.publish("jobs", messages("a")) == ["stored"]
+
+        async def receive(receiver: Receiver) -> list[Delivery]:
+            publishing.append(asyncio.create_task(publish()))
+            return await receiver.receive(1, wait=5.0)
+
+        async with backend.receiver(["jobs"]) as receiver:
+            ended = await fault.run(receive(receiver))
+            await asyncio.wait(publishing)
+            assert ended.cancelled or isinstance(ended.error, TimeoutError) or ended.value
+            if by_whom == "the next call" or ended.value:
+                taken = ended.value or await receiver.receive(1, wait=5.0)
+                assert await receiver.settle([(one, Done()) for one in taken]) == [None]
+        if by_whom == "the next receiver" and not ended.value:
+            async with backend.receiver(["jobs"]) as receiver:
+                taken = await receiver.receive(1, wait=5.0)
+                assert await receiver.settle([(one, Done()) for one in taken]) == [None]
+        assert [(one.message.id, one.attempt, one.crashes) for one in taken] == [("a", 1, 0)]
+        assert (await backend.depth("jobs")).ready == 0
+
+    await scenario(CancelAt(0))
+    before = await channels(ctl)
+    for moment in MOMENTS:
+        k = 0
+        while True:
+            fault = CancelAt(k := k + 1, moment)
+            await scenario(fault)
+            if not fault.struck:
+                break
+        assert k > 20
+    await at_most(before + 4, ctl)
+
+
+async def test_hundreds_of_calls_that_are_cancelled_or_made_at_once_leave_few_channels_behind(
+    opened: Opened, ctl: Ctl
+) -> None:
+    """Four, which the next calls use."""
+    backend = await opened()
+    before = await channels(ctl)
+    calls: list[Callable[[], Awaitable[object]]] = [
+        lambda: backend.depth("jobs"),
+        lambda: backend.declare(QueueSpec("other")),
+        lambda: backend.delete("other", force=True),
+        lambda: backend.clean("jobs"),
+        backend.queues,
+    ]
+
+    async with asyncio.timeout(30):
+        for turns in [*range(1, 21)] * 4:
+            cancelled = [asyncio.create_task(awaited(call())) for call in calls]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for task in cancelled:
+                task.cancel()
+            await asyncio.wait(cancelled)
+    await at_most(before + 4, ctl)
+    await asyncio.gather(*(call() for call in calls * 40), return_exceptions=True)
+    await at_most(before + 4, ctl)
+    assert await backend.depth("jobs")
 
 
 async def test_what_is_cancelled_while_it_opens_or_closes_leaves_no_connection_and_no_channel(

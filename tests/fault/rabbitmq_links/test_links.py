@@ -70,6 +70,83 @@ async def test_a_silent_line_is_found_by_its_heartbeats_and_the_job_comes_again(
             group.create_task(silent(broker, opened, ways))
 
 
+async def quiet(broker: Broker, opened: Opened, ways: str, seconds: float) -> None:
+    """What is in flight ends as it says it does, no lease is lost, and all goes on once the line is well."""
+    queue = f"quiet-{ways.replace(' ', '-')}-{seconds:g}"
+    async with FaultProxy.to(broker.url, wire=Amqp) as proxy, asyncio.timeout(seconds + 40):
+        backend, straight = await opened(proxy), await opened()
+        await backend.declare(QueueSpec(queue))
+        lost = list[Delivery]()
+        async with (
+            backend.receiver([queue], slots=3, lost=lost.append) as holds,
+            backend.receiver([queue], lost=lost.append) as waits,
+            backend.receiver([queue]) as asks,
+        ):
+            await backend.publish(queue, messages("first"))
+            [first] = await asks.receive(1)
+            assert await asks.settle([(first, Retry(0.0))]) == [None]  # so that all four connections are there
+            [first] = await asks.receive(1, wait=5.0)
+            assert await asks.settle([(first, Done())]) == [None]
+            await backend.publish(queue, messages("held", "done", "retried"))
+            held, done, retried = await holds.receive(3)
+            consumers = proxy.replies.count(b"BASIC.CONSUME-OK")
+            waiting = asyncio.create_task(waits.receive(1, wait=300.0))
+            while proxy.replies.count(b"BASIC.CONSUME-OK") == consumers:  # noqa: ASYNC110 (a list tells nobody)
+                await asyncio.sleep(0.01)
+
+            for way in ways.split():
+                getattr(proxy, way).black_hole()
+            asyncio.get_running_loop().call_later(seconds, proxy.calm)
+            started, ended = time.monotonic(), dict[str, float]()
+
+            async def timed(name: str, call: Awaitable[Any]) -> Any:
+                try:
+                    return await call
+                except BackendUnavailable as error:
+                    return error
+                finally:
+                    ended[name] = time.monotonic() - started
+
+            depth, asked, [published], settled = await asyncio.gather(
+                timed("depth", backend.depth(queue)),
+                timed("receive", asks.receive(1)),
+                timed("publish", backend.publish(queue, messages("published"))),
+                timed("settle", holds.settle([(done, Done()), (retried, Retry(0.0))])),
+            )
+            assert (type(depth), type(asked), settled[0]) == (BackendUnavailable, BackendUnavailable, None)
+            assert max(ended["depth"], ended["receive"]) < 5.0 + 2.0
+            assert max(ended["publish"], ended["settle"]) < 10.0 + 2.0
+            if seconds < 10.0:
+                assert (published, settled[1]) == ("stored", None)
+            else:
+                assert isinstance(published, BackendUnavailable)
+                assert published.maybe_published
+                assert isinstance(settled[1], BackendUnavailable)
+
+            wanted, seen = {"retried", "last"} | ({"published"} if published == "stored" else set[str]()), set[str]()
+            taken = await waiting
+            [stored] = await backend.publish(queue, messages("last"))
+            assert (stored, lost) == ("stored", [])
+            while not wanted <= (seen := seen | {one.message.id for one in taken}):
+                assert await waits.settle([(one, Done()) for one in taken]) == [None] * len(taken)
+                taken = await waits.receive(1, wait=5.0)
+            assert await waits.settle([(one, Done()) for one in taken]) == [None] * len(taken)
+            assert await holds.settle([(held, Done())]) == [None]
+            assert seen <= {"retried", "last", "published"}
+            assert lost == []
+        await straight.delete(queue, force=True)
+
+
+@pytest.mark.parametrize("seconds", [7.0, 13.0])
+async def test_a_silence_that_is_shorter_than_three_heartbeats_costs_no_lease_and_no_job(
+    broker: Broker, opened: Opened, seconds: float
+) -> None:
+    """Longer than a call may take, and longer than a publish may."""
+    async with asyncio.TaskGroup() as group:
+        for ways in ("up", "down", "up down"):
+            group.create_task(quiet(broker, opened, ways, seconds))
+
+
 async def test_a_queue_deleted_under_its_consumer_is_missed_not_made_again(
     broker: Broker, namespace: str, opened: Opened
 ) -> None:
@@ -101,6 +178,55 @@ async def test_a_queue_deleted_under_its_consumer_is_missed_not_made_again(
         with pytest.raises(QueueNotFound):
             await backend.depth("jobs")
         assert await second.settle([(other, Done())]) == [None]
+
+
+async def test_a_job_whose_get_is_answered_too_late_is_another_receivers(proxy: FaultProxy, opened: Opened) -> None:
+    """It was handed to a call that has given up; and who gave up receives again once the line is well."""
+    backend, another = await opened(proxy), await opened()
+    await another.publish("jobs", messages("a"))
+
+    async def hold_back() -> None:
+        proxy.down.black_hole()
+
+    async with backend.receiver(["jobs"]) as receiver, another.receiver(["jobs"]) as second, asyncio.timeout(30):
+        proxy.before(1, hold_back, of=lambda name: name == b"BASIC.GET")
+        with pytest.raises(BackendUnavailable, match="no answer from RabbitMQ within 5 s"):
+            await receiver.receive(1)
+        [delivery] = await second.receive(1, wait=5.0)
+        assert (delivery.message.id, delivery.attempt, delivery.crashes) == ("a", 2, 1)
+        proxy.down.flow()
+        assert await second.settle([(delivery, Done())]) == [None]
+        await another.publish("jobs", messages("b"))
+        [delivery] = await receiver.receive(1, wait=5.0)
+        assert (delivery.message.id, delivery.crashes) == ("b", 0)
+        assert await receiver.settle([(delivery, Done())]) == [None]
+        assert (await another.depth("jobs")).ready == 0
+
+
+async def test_what_was_done_outlasts_its_receiver_though_its_queue_is_slow_to_write_it_down(
+    namespace: str, opened: Opened, ctl: Ctl
+) -> None:
+    """Of 40 acknowledgements the channel passes on 33, and 7 wait in it when the receiver is left.
+
+    Another queue that it takes from is gone by then.
+    """
+    backend, another = await opened(), await opened()
+    await backend.declare(QueueSpec("other"))
+    await backend.publish("jobs", messages(*(f"{n}" for n in range(40))))
+    async with backend.receiver(["other", "jobs"], slots=40) as receiver, asyncio.timeout(20):
+        deliveries = list[Delivery]()
+        while len(deliveries) < 40:
+            deliveries += await receiver.receive(40, wait=5.0)
+        await another.delete("other")
+        await ctl(
+            f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{namespace}:jobs">>)),'
+            " {Name, _} = amqqueue:get_pid(Q), sys:suspend(Name),"
+            " spawn(fun() -> timer:sleep(2000), sys:resume(Name) end)"
+        )
+        assert await receiver.settle([(delivery, Done()) for delivery in deliveries]) == [None] * 40
+    await another.publish("jobs", messages("last"))  # behind whatever has come back
+    async with another.receiver(["jobs"], slots=41) as receiver:
+        assert [one.message.id for one in await receiver.receive(41, wait=5.0)] == ["last"]
 
 
 async def test_an_exchange_that_is_gone_costs_neither_the_connection_nor_a_lease(
@@ -197,28 +323,31 @@ async def test_a_server_out_of_memory_stores_nothing_and_still_hears_what_is_don
         assert await backend.publish("jobs", messages("c")) == ["stored"]
 
 
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("limit", "looks_every"), [(3.0, 0.5), (8.0, 60.0)])
 async def test_a_run_that_takes_longer_than_the_server_allows_loses_its_lease(
-    broker: Broker, opened: Opened, ctl: Ctl
+    broker: Broker, opened: Opened, ctl: Ctl, limit: float, looks_every: float
 ) -> None:
-    """The server closes the channel; who comes next gets the job as one that crashed."""
-    await ctl(
-        "[application:set_env(rabbit, K, V) || {K, V} <- [{channel_tick_interval, 500}, {consumer_timeout, 3000}]]"
-    )
+    """The server closes the channel at its next look, one a minute; who comes next gets the job as one that crashed."""
+
+    async def configure(limit: float, looks_every: float) -> None:
+        values = f"[{{consumer_timeout, {limit * 1000:.0f}}}, {{channel_tick_interval, {looks_every * 1000:.0f}}}]"
+        await ctl(f"[application:set_env(rabbit, K, V) || {{K, V}} <- {values}]")
+
+    await configure(limit, looks_every)
     try:
         backend, another = await opened(), await opened()
         await backend.publish("jobs", messages("a"))
         lost: asyncio.Future[Delivery] = asyncio.get_running_loop().create_future()
-        async with backend.receiver(["jobs"], lost=lost.set_result) as receiver, asyncio.timeout(20):
-            [delivery] = await receiver.receive(1, wait=5.0)
-            assert await lost is delivery
+        async with backend.receiver(["jobs"], lost=lost.set_result) as receiver:
+            async with asyncio.timeout(limit + 2 * looks_every + 15):
+                [delivery] = await receiver.receive(1, wait=5.0)
+                assert await lost is delivery
             assert [type(one) for one in await receiver.settle([(delivery, Done())])] == [LeaseLost]
-            async with another.receiver(["jobs"]) as second:
+            async with another.receiver(["jobs"]) as second, asyncio.timeout(15):
                 while not (taken := await second.receive(1, wait=5.0)):
                     pass
                 assert [(one.message.id, one.crashes, one.attempt) for one in taken] == [("a", 1, 2)]
                 assert await second.settle([(taken[0], Done())]) == [None]
     finally:
-        await ctl(
-            "[application:set_env(rabbit, K, V) || {K, V} <-"
-            " [{channel_tick_interval, 60000}, {consumer_timeout, 1800000}]]"
-        )
+        await configure(1800.0, 60.0)
