@@ -5,6 +5,7 @@ import contextvars
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -52,6 +53,13 @@ def job_facts() -> dict[str, Any]:
     return {**job, "deadline": job["deadline"] - time.monotonic()}
 
 
+def turns_without_end(deep: int) -> None:
+    if deep:
+        turns_without_end(deep - 1)
+    while True:
+        pass
+
+
 def act(data: dict[str, Any]) -> Any:
     """What the input asks for."""
     match data["act"]:
@@ -61,6 +69,12 @@ def act(data: dict[str, Any]) -> Any:
             tell(data["board"], job=job_facts(), before=before, n=data.get("n"))
         case "wait":
             tell(data["board"], wait=True)
+        case "turn":
+            tell(data["board"])
+            turns_without_end(data.get("deep", 0))
+        case "hang":
+            tell(data["board"])
+            re.match(r"(a+)+$", "a" * 64 + "b")
         case "start":
             with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as started:
                 tell(data["board"], started=started.pid)
@@ -143,6 +157,15 @@ class Demanding(Acts):
         super().__init__(job_type_name)
         if os.environ.get("DATABASE_OF", str(os.getpid())) != str(os.getpid()):
             raise ConnectionError("no database")
+
+
+class Waiting(Acts):
+    """Made later, it waits for the test."""
+
+    def __init__(self, job_type_name: str) -> None:
+        super().__init__(job_type_name)
+        if "BOARD" in os.environ:
+            tell(os.environ["BOARD"], wait=True)
 
 
 class NeedsMore(Acts):

@@ -350,7 +350,8 @@ class Worker:
     def running(self) -> list[RunningJob]:
         """What it runs at this moment and where in the code that is, the oldest first. From any thread.
 
-        For whoever looks into a worker that is alive and does not get on; also from a signal handler.
+        For whoever looks into a worker that is alive and does not get on; also from a signal handler. Processes that do
+        not answer are waited for, a second in all.
         """
         guard = self._guard
         return [] if guard is None else running_jobs(self._pump.runs.in_flight(), guard.loop, guard.loop_thread)

@@ -109,6 +109,38 @@ def test_a_blocked_loop_keeps_nobody_from_seeing_why_or_from_ending_it(site: Any
     assert worker.status(within=5) == -signal.SIGTERM
 
 
+def test_a_job_in_a_process_of_its_own_is_listed_with_its_stack_or_with_why_there_is_none(site: Any) -> None:
+    site.write(
+        """
+from app import *
+from mindtrace.jobs import Consumer
+
+class Works(Consumer):
+    executor = "process"
+    def run(self, job_dict):
+        say("begins")
+        time.sleep(60)  # the line where it is
+
+worker = Worker(an_orchestrator(), [Works("jobs")], drain=0, cancel_grace=0)
+""",
+        "own.py",
+    )
+    [job_id] = site.publish()
+    worker = site.start("own:worker")
+    pid = int(worker.out.until(r"^(\d+) begins$")[1])
+    worker.send(signal.SIGUSR1)
+    worker.err.until(f"^job {job_id} of queue jobs, schema jobs, attempt 1, process, ")
+    worker.err.until(r'^  File ".*own.py", line \d+, in run$')
+    worker.err.until(r"^    time\.sleep\(60\)  # the line where it is$")
+    worker.err.until("^1 running$")
+    os.kill(pid, signal.SIGSTOP)
+    worker.send(signal.SIGUSR1)
+    worker.err.until(f"^  its process, pid {pid}, does not answer within 1 s")
+    worker.err.until("^1 running$")
+    worker.send(signal.SIGTERM)
+    assert worker.status() == 1
+
+
 def test_what_the_application_leaves_behind_does_not_keep_the_process(site: Any) -> None:
     """A task that swallows its cancellation, a thread that never returns."""
     site.write(

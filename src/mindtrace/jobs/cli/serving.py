@@ -293,7 +293,7 @@ class Serving:
                 f"job {job.job_id} of queue {job.queue}, schema {job.schema_name or 'none'}, attempt {job.attempt}, "
                 f"{job.kind}, {job.seconds:.1f} s"
             )
-            lines += [f"  {line}" for line in job.stack]
+            lines += [f"  {line}" for line in job.stack or [job.unseen] if line]
         lines.append(f"{len(running)} running")
         self._plan.journal.say("\n".join(lines))
 
