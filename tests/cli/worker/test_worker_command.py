@@ -232,7 +232,10 @@ BROKEN = {
     "no application": ([], 2, "no application is named"),
     "no such queue": (["app:worker", "-q", "job"], 2, "did you mean 'jobs'"),
     "local, several": (["local:worker", "--processes", "2"], 2, "--processes is not supported on local"),
-    "import, several": (["broken:worker", "--processes", "2"], 3, "ZeroDivisionError"),
+    "import, several": (["broken:worker", "--processes", "2"], 3, "broken:worker: ZeroDivisionError"),
+    "no such module, several": (["ap:worker", "--processes", "2"], 3, "ap:worker: there is no module 'ap' in"),
+    "no such object, several": (["app:work", "--processes", "2"], 2, "there is no 'work': did you mean 'worker'"),
+    "no such queue, several": (["app:worker", "-q", "job", "--processes", "2"], 2, "did you mean 'jobs'"),
     "reload, several": (["app:worker", "--processes", "2", "--reload"], 2, "--reload"),
 }
 
@@ -243,16 +246,20 @@ def test_what_is_wrong_is_one_line_and_a_status(site: Any, words: list[str], sta
     site.write(LOCAL, "local.py")
     worker = site.start(*words)
     assert worker.status() == status
-    lines = [line for line in worker.err.all() if re.match("mindtrace-jobs( worker)?: ", line)]
-    assert len(lines) == 1
-    assert said in lines[0]
-    assert "Traceback" not in "\n".join(worker.err.all())
+    [*before, last] = worker.err.all()
+    assert re.match("mindtrace-jobs( worker)?: ", last)
+    assert said in last
+    assert [line for line in before if not re.match(r"\S+  +\S|\S+ \[\d+\] INFO ", line)] == []  # the banner
 
 
 @pytest.mark.parametrize(
     ("words", "module", "extra"),
-    [(["--loop", "uvloop"], "uvloop", "uvloop"), (["--reload"], "watchfiles", "reload")],
-    ids=["uvloop", "reload"],
+    [
+        (["--loop", "uvloop"], "uvloop", "uvloop"),
+        (["--loop", "uvloop", "--processes", "2"], "uvloop", "uvloop"),
+        (["--reload"], "watchfiles", "reload"),
+    ],
+    ids=["uvloop", "uvloop, several", "reload"],
 )
 def test_a_missing_extra_is_named_with_the_command_that_brings_it(
     site: Any, words: list[str], module: str, extra: str
@@ -394,9 +401,9 @@ def test_a_changed_source_file_starts_it_again_and_nobody_waits_for_what_runs(
     until(lambda: probe(port, "/readyz")[0] == 200)
     changed = time.monotonic()
     site.write("1 / 0", "app.py")
-    worker.err.until("changed: app.py")
-    worker.err.until("ZeroDivisionError")
-    worker.err.until("started again once a file has changed")
+    worker.err.until("INFO +changed: app.py$")
+    why = r"exit status 3: app:worker: ZeroDivisionError: division by zero \(app.py:1\)"
+    worker.err.until(rf"WARNING the worker has ended \({why}\): started again once a file has changed$")
     assert (probe(port, "/livez")[0], probe(port, "/readyz")[0]) == (200, 503)
     assert time.monotonic() - changed < 15
     site.gate().touch()
@@ -406,3 +413,4 @@ def test_a_changed_source_file_starts_it_again_and_nobody_waits_for_what_runs(
     worker.send(signal.SIGINT)
     assert worker.status() == 0
     assert job_id in "\n".join(worker.err.all())
+    assert "detected" not in "\n".join(worker.err.all())  # by whom it is told of changes
