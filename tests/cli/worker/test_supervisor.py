@@ -52,6 +52,15 @@ def test_a_killed_process_is_replaced_and_all_drain_together(
     assert sum("ends" in line for line in command.out.all()) == 1
 
 
+def test_ctrl_c_while_they_import_the_application_ends_them_without_a_word(site: Any) -> None:
+    site.write("from app import *\nsay('imports')\ntime.sleep(60)", "slow.py")
+    command = site.start("slow:worker", "--processes", "1")
+    command.out.until("imports")
+    command.ctrl_c()
+    assert command.status(within=5) == 0
+    assert "supervisor: SIGINT, all drain" in command.err.all()[-1]
+
+
 def test_the_second_and_the_third_signal_reach_all(site: Any, until: Callable[..., None]) -> None:
     site.publish(1, gate=str(site.gate()))
     site.publish(1, blocks=60)

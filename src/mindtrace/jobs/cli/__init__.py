@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SIGTERM.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it was closed by whoever started us)
-    parser = _parser()
     settings: Settings | None = None
     is_worker = False
     try:
+        parser = _parser()
         parsed = parser.parse(arguments)
         is_worker = parsed.command == "worker"
         settings = Settings.of_here(vars(parsed), parser.options())

@@ -113,7 +113,8 @@ class Child:
         if self.ended.done():
             return
         self._signals.append(number)
-        self.send(number)
+        # SIGTERM ends a process that imports its application without a word; SIGINT would be an exception somewhere.
+        self.send(signal.SIGTERM if self.report.phase == "starting" else number)
         if self._axe is not None:
             self._axe.cancel()
         patience = self.report.leave_within if len(self._signals) == 1 else _HURRY
