@@ -6,12 +6,16 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+import weakref
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -37,6 +41,16 @@ class OutOfStock(LookupError):
 
 class Sold(OutOfStock):
     pass
+
+
+class Full(MemoryError):
+    """Says whether what the run held is still there."""
+
+    def __init__(self, held: "weakref.ref[set[int]]") -> None:
+        self.held = held
+
+    def __str__(self) -> str:
+        return "let go" if self.held() is None else "held"
 
 
 def tell(board: str, *, wait: bool = False, **facts: Any) -> None:
@@ -102,6 +116,19 @@ def act(data: dict[str, Any]) -> Any:
             while True:
                 kept.append(os.urandom(1024) * 1024)
                 time.sleep(0.005)
+        case "fill":
+            pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20),) * 2)
+            chain: Any = None
+            for size in (1 << 20, 1 << 16, 1 << 12, 1 << 10, *range(512, 0, -16)):  # until nothing of any size is left
+                with suppress(MemoryError):
+                    while True:
+                        chain = (chain, bytes(size))
+            while True:
+                chain = (chain, None)
+        case "overfill":
+            held = {1}
+            raise Full(weakref.ref(held))
         case "raise":
             raise {"Sold": Sold, "OutOfStock": OutOfStock, "KeyError": KeyError}[data["kind"]]("no more of it")
         case "snooze":

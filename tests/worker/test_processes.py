@@ -299,6 +299,24 @@ async def test_a_run_that_exits_has_failed_and_only_its_child_leaves(
     assert (record.reason, record.crashes, last_error(record)) == ("attempts", 0, ("SystemExit", "enough"))
 
 
+async def test_a_run_that_finds_no_more_memory_has_failed_and_its_child_is_replaced(
+    orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Though nothing is left to tell it with; and what the run has broken up goes with the process."""
+    await publish("tell")
+    fills = await publish("fill")
+    await publish("tell")
+    full = await publish("overfill")
+    assert await Worker(orchestrator, [shop.Once("jobs")], concurrency=1, until_idle=True).run() == 0
+    before, after = board.all()
+    assert before["pid"] != after["pid"]
+    dead = await dead_letters(orchestrator)
+    assert {(record.reason, record.crashes) for record in dead.values()} == {("attempts", 0)}
+    assert last_error(dead[fills])[0] == "MemoryError"
+    assert last_error(dead[full]) == ("in_processes.Full", "let go")
+    assert capfd.readouterr().err == ""
+
+
 async def test_a_run_whose_process_dies_crashes_alone_and_is_dead_at_its_crash_limit(
     orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any
 ) -> None:

@@ -224,7 +224,9 @@ class _Runner:
         try:
             returned = contextvars.copy_context().run(self._call, job, data)
         except BaseException as error:  # user code; it becomes a settlement in the worker
-            leaves = isinstance(error, SystemExit | KeyboardInterrupt)
+            if isinstance(error, MemoryError):
+                traceback.clear_frames(error.__traceback__)  # memory is full of what they hold: nothing could be told
+            leaves = isinstance(error, SystemExit | KeyboardInterrupt | MemoryError)
             return self._told(error, leaves), leaves
         return _written(returned), False
 
