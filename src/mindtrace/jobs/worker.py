@@ -350,7 +350,8 @@ class Worker:
     def running(self) -> list[RunningJob]:
         """What it runs at this moment and where in the code that is, the oldest first. From any thread.
 
-        For whoever looks into a worker that is alive and does not get on; also from a signal handler.
+        For whoever looks into a worker that is alive and does not get on; also from a signal handler. Processes that do
+        not answer are waited for, a second in all.
         """
         guard = self._guard
         return [] if guard is None else running_jobs(self._pump.runs.in_flight(), guard.loop, guard.loop_thread)
@@ -388,7 +389,7 @@ class Worker:
 
     async def _arrive(self, stack: AsyncExitStack) -> Receiver | None:
         """Find or declare the queues, and receive from them; waits for a broker that is not there. None: stopped."""
-        options = self._options
+        options, level = self._options, logging.WARNING
         while True:
             self._pump.pulse.waits(options.lease)  # as long as for any answer
             try:
@@ -416,7 +417,8 @@ class Worker:
                 except BackendUnavailable as still:
                     error = still
                 self._pump.pulse.failed()
-                _log.warning("worker %s: %s; trying on", self.name, error, extra={"worker": self.name})
+                _log.log(level, "worker %s: %s; trying on", self.name, error, extra={"worker": self.name})
+                level = logging.DEBUG  # once for all tries; that it is over, the lines of its start say
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._random.uniform(0.1, LONGEST_PAUSE)):
                     await self._stop_asked.wait()

@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Final, Protocol
 
 from mindtrace.jobs.cli import bench, config, dead, demo, dev, publish, queues, status, version, worker
-from mindtrace.jobs.cli.errors import CommandError, Stopped, status_of
+from mindtrace.jobs.cli.errors import CommandError, Relayed, Stopped, Told, status_of
 from mindtrace.jobs.cli.journal import say_record
 from mindtrace.jobs.cli.output import say
 from mindtrace.jobs.cli.parser import Parser
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SIGTERM.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it was closed by whoever started us)
-    parser = _parser()
     settings: Settings | None = None
     is_worker = False
     try:
+        parser = _parser()
         parsed = parser.parse(arguments)
         is_worker = parsed.command == "worker"
         settings = Settings.of_here(vars(parsed), parser.options())
@@ -101,8 +101,11 @@ def _explain(error: CommandError | JobsError, settings: Settings | None, *, in_j
         is_verbose = settings is not None and settings[VERBOSE] >= 2
     except CommandError:  # it is what is wrong
         is_verbose = False
-    is_verbose = is_verbose and not isinstance(error, Stopped)
-    if in_json:
+    is_verbose = is_verbose and not isinstance(error, Stopped | Relayed)
+    if isinstance(error, Told):
+        if is_verbose and error.__cause__ is not None:
+            say("".join(traceback.format_exception(error.__cause__)).rstrip())
+    elif in_json:
         say_record(str(error), logging.ERROR, error if is_verbose else None)
     elif is_verbose:
         say("".join(traceback.format_exception(error)).rstrip())
