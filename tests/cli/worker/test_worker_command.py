@@ -134,9 +134,12 @@ worker = Worker(an_orchestrator(), [Works("jobs")], drain=0, cancel_grace=0)
     worker.err.until(r"^    time\.sleep\(60\)  # the line where it is$")
     worker.err.until("^1 running$")
     os.kill(pid, signal.SIGSTOP)
-    worker.send(signal.SIGUSR1)
-    worker.err.until(f"^  its process, pid {pid}, does not answer within 1 s")
-    worker.err.until("^1 running$")
+    try:
+        worker.send(signal.SIGUSR1)
+        worker.err.until(f"^  its process, pid {pid}, does not answer within 1 s")
+        worker.err.until("^1 running$")
+    finally:
+        os.kill(pid, signal.SIGCONT)
     worker.send(signal.SIGTERM)
     assert worker.status() == 1
 
