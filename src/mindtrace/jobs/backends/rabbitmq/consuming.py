@@ -40,7 +40,7 @@ class Call:
     pairs: Pairs
     limit: int
     wait: float
-    gone: bool = False  # its caller waits no longer
+    gone: bool = False  # its caller waits no longer, and says so from another thread
     number: int = 0  # which call this is
 
 
@@ -145,11 +145,6 @@ class Consuming:
             if not call.gone:  # else the nudge is for the next one
                 self.nudged = False
             self._watch_soon()
-
-    def end_wait(self, call: Call) -> None:
-        """Its caller waits no longer."""
-        call.gone = True
-        self.wake()
 
     def put_back(self, deliveries: list[Delivery]) -> None:
         """Their caller was cancelled: the next call has them, or they are handed back within a second."""

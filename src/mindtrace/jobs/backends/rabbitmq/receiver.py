@@ -103,7 +103,8 @@ class RabbitMQReceiver(Receiver):
         try:
             exchanged = await answer
         except asyncio.CancelledError:
-            self._keeper.call(self._consuming.end_wait, call)
+            call.gone = True  # at once, from this thread: a nudge that follows is for the next call
+            self._keeper.call(self._consuming.wake)
             if answer.done() and not answer.cancelled() and answer.exception() is None:  # it had come already
                 self._keeper.call(self._consuming.put_back, answer.result().deliveries)
             raise
