@@ -130,6 +130,26 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(start: Start) ->
 
 
 @pytest.mark.redis
+def test_what_is_closed_is_as_empty_as_a_null_device(on_redis: Server) -> None:
+    on_redis.declare(QueueSpec("orders"))
+
+    def run(words: str) -> tuple[int, str, str]:
+        command = f"{sys.executable} -m mindtrace.jobs {words}"
+        where = {"MINDTRACE_JOBS_URL": on_redis.url, "MINDTRACE_JOBS_NAMESPACE": on_redis.namespace}
+        ended = subprocess.run(
+            ["sh", "-c", command], env={**os.environ, **where}, capture_output=True, text=True, timeout=30
+        )
+        return ended.returncode, ended.stdout, ended.stderr.splitlines()[-1] if ended.stderr else ""
+
+    assert run("publish orders - <&-") == (0, "", "0 jobs published")
+    assert run("publish orders '{}' --id one 2>&-") == (0, "one\n", "")  # and not what would be said on stderr
+    status, out, said = run("queues clean orders <&-")
+    assert (status, out, "Nobody can be asked here: say --yes" in said) == (2, "", True)
+    assert run("queues clean orders --yes >&-") == (0, "", "")
+    assert on_redis.count("orders") == 0
+
+
+@pytest.mark.redis
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stream_that_is_interrupted_goes_on_where_it_stopped(
     start: Start, on_redis: Server, number: signal.Signals, status: int

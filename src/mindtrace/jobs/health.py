@@ -68,6 +68,10 @@ class Pulse:
         """It turns, and then not again for up to so many seconds."""
         self._asked, self._due = None, time.monotonic() + seconds
 
+    def looks(self) -> None:
+        """It looks for the broker, which may take as long as any answer."""
+        self.waits(self._lease)
+
     def asks(self, settles: bool, wait: float) -> None:
         """An exchange begins."""
         self.waits(self._lease if settles else wait)

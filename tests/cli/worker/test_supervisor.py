@@ -146,6 +146,22 @@ def test_hangup_replaces_a_process_once_the_new_one_is_ready_and_not_by_one_that
     assert command.status() == 0
 
 
+def test_a_first_signal_in_a_rolling_restart_cancels_nothing(site: Any) -> None:
+    """The one that is replaced drains already, and has the time for it that it was given."""
+    site.publish(gate=str(site.gate()))
+    command = site.start("app:worker", "--processes", "1")
+    command.err.until("^supervisor +1 process, pid")
+    begun_by(command, 1)
+    command.send(signal.SIGHUP)
+    command.err.until("SIGTERM: draining, 1 running")
+    command.send(signal.SIGINT)
+    command.err.until("SIGINT: draining, 0 running")  # the new one
+    site.gate().touch()
+    command.out.until("ends 1")
+    assert command.status() == 0
+    assert not any("again" in line for line in command.err.all())
+
+
 def test_a_process_that_has_run_its_jobs_is_replaced_and_one_that_crashes_is_not_hurried(site: Any) -> None:
     site.publish(2)
     command = site.start("app:worker", "--processes", "1", "--max-jobs", "1", "-c", "1")

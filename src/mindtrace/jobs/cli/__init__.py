@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         application does not import, or an extra is missing; 4 no broker, or it refuses the login; 130 Ctrl-C, 143
         SIGTERM.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it was closed by whoever started us)
+    _open_what_is_closed()
     settings: Settings | None = None
     is_worker = False
     try:
@@ -86,6 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status_of(error)
     else:
         return status
+
+
+def _open_what_is_closed() -> None:
+    """Whoever started us may have closed some: what is not said to stderr would be said to stdout."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 (for as long as we are)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _parser() -> Parser:

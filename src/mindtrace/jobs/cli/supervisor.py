@@ -270,7 +270,9 @@ class Supervisor:
             self._stop_asked.set()
             self._notifier.stopping("draining")
         for child in self._children:
-            child.end(number)
+            # One that a rolling restart has told to drain drains already: a second signal would cancel what it runs.
+            if len(self._sent) > 1 or not child.was_told_to_end:
+                child.end(number)
             child.changed.set()
 
     def _on_usr1(self) -> None:

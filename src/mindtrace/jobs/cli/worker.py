@@ -219,7 +219,7 @@ def _supervise(plan: Plan, words: list[str], processes: int) -> int:
         plan.journal.banner(
             {
                 "mindtrace-jobs": version("mindtrace-jobs"),
-                "supervisor": f"{processes} processes, pid {os.getpid()}",
+                "supervisor": f"{processes} process{'' if processes == 1 else 'es'}, pid {os.getpid()}",
                 **({} if probes is None else {"health": probes.url}),
             }
         )
