@@ -66,9 +66,13 @@ class Somebody:
         channel = await self.channel()
         await channel.basic_publish(body, routing_key=f"{self.namespace}:{queue}", properties=made)
 
-    async def publish(self, exchange: str, key: str, body: bytes, headers: Mapping[str, Any]) -> None:
-        """A message for an exchange, by its name on the server, confirmed."""
-        made = commands.Basic.Properties(headers=dict(headers), delivery_mode=2)
+    async def publish(self, exchange: str, key: str, body: bytes, headers: Mapping[str, Any] | bytes) -> None:
+        """A message for an exchange, by its name on the server, confirmed. Headers in bytes are all that it has."""
+        made = (
+            AsTheyAre("headers", headers)
+            if isinstance(headers, bytes)
+            else commands.Basic.Properties(headers=dict(headers), delivery_mode=2)
+        )
         await (await self.channel()).basic_publish(body, exchange=exchange, routing_key=key, properties=made)
 
     async def until_exchange(self, exchange: str) -> None:

@@ -9,6 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
+from pamqp import encode
 from pydantic import BaseModel
 
 from mindtrace.jobs import (
@@ -237,6 +238,58 @@ async def test_what_somebody_else_put_into_a_hold_stays_there_and_is_in_nobodys_
         assert (await take(receiver)).message.id == message.id
         await world.somebody.until_exchange("up.hold")
     await world.somebody.until("9.hold", 227)
+
+
+async def test_a_job_behind_many_others_of_one_id_is_put_where_it_belongs_too(
+    world: "World", late: Callable[..., Awaitable[Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mindtrace.jobs.backends.rabbitmq.retiming._AHEAD", 5)
+    hold, key = Topology(world.namespace).delayed("jobs", 1000)
+    for n in range(200):
+        headers = headers_of("nightly", Counts(), due=time.time() + 90 + n / 1000)
+        await world.somebody.publish(hold, key, b"{}", headers)
+    message = await late(-5.0)
+    async with world.backend.receiver(["jobs"]) as receiver:
+        assert (await take(receiver)).message.id == message.id
+        await world.somebody.until_exchange("up.hold")
+    await world.somebody.until("9.hold", 201)
+
+
+async def test_of_what_somebody_else_delays_with_our_headers_only_what_we_know_is_published_again(
+    world: "World", late: Callable[..., Awaitable[Message]]
+) -> None:
+    """With one more byte in its headers it would be too long, which would end the connection."""
+    hold, key = Topology(world.namespace).delayed("jobs", 1000)
+    headers = {"mtj-id": "theirs", "mtj-due": "0", "mtj-more": "x" * 131_000}
+    await world.somebody.publish(hold, key, b"{}", encode.field_table(headers))
+    message = await late(-5.0)
+    async with world.backend.receiver(["jobs"], slots=2) as receiver:
+        assert {(await take(receiver)).message.id for _ in range(2)} == {"theirs", message.id}
+        await world.somebody.until_exchange("up.hold")
+
+
+@pytest.mark.chaos
+async def test_who_looks_through_delayed_jobs_comes_to_an_end_while_more_are_published_than_it_can_take(
+    world: "World", late: Callable[..., Awaitable[Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them for 12.8 s, which is all of a level: with less left it goes to the next."""
+    for name, value in (("_AHEAD", 1), ("_MOST", 1500)):
+        monkeypatch.setattr(f"mindtrace.jobs.backends.rabbitmq.retiming.{name}", value)
+
+    async def publish() -> None:
+        while True:
+            await world.backend.publish("jobs", [a_message(delay=12.8) for _ in range(100)])
+            await asyncio.sleep(0.05)
+
+    message = await late(-5.0)
+    async with (await world.another()).receiver(["jobs"]) as receiver:
+        publishing = asyncio.create_task(publish())
+        try:
+            assert (await take(receiver)).message.id == message.id
+            await world.somebody.until_exchange("up.hold")
+        finally:
+            publishing.cancel()
+            await asyncio.wait({publishing})
 
 
 async def test_where_there_are_very_many_delayed_jobs_they_are_left_alone_and_the_log_says_so(

@@ -15,6 +15,7 @@ found that had gone a step before it was ever seen.
 
 import asyncio
 import logging
+import math
 import time
 from contextlib import suppress
 from functools import partial
@@ -24,21 +25,21 @@ from pamqp import commands
 
 from mindtrace.jobs.backends.rabbitmq.admin import Admin
 from mindtrace.jobs.backends.rabbitmq.channels import ChannelClosed, Content
-from mindtrace.jobs.backends.rabbitmq.counts import due_of
+from mindtrace.jobs.backends.rabbitmq.counts import counts_of, due_of, errors_of, headers_of, id_of
 from mindtrace.jobs.backends.rabbitmq.lane import Lane
 from mindtrace.jobs.backends.rabbitmq.line import Line
 from mindtrace.jobs.backends.rabbitmq.outbox import Outbox, Outcome, Posting
 from mindtrace.jobs.backends.rabbitmq.topology import LEVELS, Topology
-from mindtrace.jobs.errors import AuthenticationFailed, JobsError
+from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, JobsError
 
 _log = logging.getLogger(__name__)
 
 _TAG = "delays"
 _AHEAD = 200  # unacknowledged
+_SENDING = 20  # batches; each that finds the queue quiet takes one message more than may be unacknowledged
 _QUIET = 0.05
 _PASSES = 10
 _UNDER_WAY = 3.0  # for so long jobs may be between two levels, and seen in none, after a start of the broker
-_STORE_WITHIN = 10.0
 _AGAIN_AFTER = 1.0
 _CLOSE_WITHIN = 1.0
 _LOWEST = 3  # what is left in and below this level is less than is promised
@@ -103,12 +104,12 @@ class Retiming:
             await turn.call(commands.Queue.Declare(queue=self._topology.turn_queue, exclusive=True))
             if not await self._is_done() and await self._put_all():
                 await self._admin.make_up_exchange()
-            await turn.call(commands.Queue.Delete(queue=self._topology.turn_queue))
         except ChannelClosed as error:
             if error.code == _LOCKED:
                 return False
             raise
         finally:
+            turn.begin(commands.Queue.Delete(queue=self._topology.turn_queue))  # a refusal has closed the channel
             turn.begin_close()
         return True
 
@@ -140,23 +141,29 @@ class Retiming:
         """Publish what came to a level before this was called for the rest of its time.
 
         Gives how many of those never seen may be late: they had gone a step when this began.
+
+        Raises:
+            AuthenticationFailed: this user may not read there, or not publish.
+            BackendUnavailable: the connection is gone, or RabbitMQ does not take what is published.
         """
         queue = self._topology.hold(level)
         taking = _Taking(Lane(await self._admin.channel()), queue)
         sending: set[asyncio.Future[list[Outcome]]] = set()
         back = set[Any]()  # what was put into this level again: behind it there is nothing old
-        new = 0
+        new = taken = 0
 
         def put(got: list[Content]) -> bool:
             """Whether there may be more."""
-            nonlocal new
+            nonlocal new, taken
             found = [(content, posting) for content in got if (posting := self._posting(content)) is not None]
-            ids = {_id_of(content) for content, _ in found}
-            new += sum(_id_of(one) not in seen and self._had_gone(one, level, began) for one, _ in found)
-            seen.update(ids)
-            more = back.isdisjoint(ids)
-            back.update(_id_of(content) for content, posting in found if posting.exchange == queue)
-            future = self._copies.put([posting for _, posting in found], time.monotonic() + _STORE_WITHIN)
+            jobs = {_job_of(posting) for _, posting in found}
+            new += sum(_job_of(job) not in seen and self._had_gone(one, level, began) for one, job in found)
+            taken += len(got)
+            more = back.isdisjoint(jobs) and taken < _MOST  # of what somebody publishes meanwhile there may be no end
+            seen.update(jobs)
+            back.update(_job_of(posting) for _, posting in found if posting.exchange == queue)
+            # However long it takes: what is handed back after it was sent is there twice.
+            future = self._copies.put([posting for _, posting in found], math.inf)
             future.add_done_callback(partial(taking.settle, [content for content, _ in found]))
             sending.add(future)
             future.add_done_callback(sending.discard)
@@ -164,15 +171,15 @@ class Retiming:
 
         try:
             while not self._closing.is_set() and (got := await taking.some()) and put(got):
-                pass
-            put(await taking.rest())  # handed back, it would be held from the beginning
-            while sending:
-                await asyncio.wait(sending)
+                await taking.until_stored(sending, but=_SENDING)
+            put(await taking.rest())
+            await taking.until_stored(sending)
             put(await taking.flush())
-            if sending:
-                await asyncio.wait(sending)
+            await taking.until_stored(sending)
         finally:
             taking.end()
+            for future in list(sending):
+                future.cancel()  # nothing more of it is sent
         return new
 
     def _had_gone(self, content: Content, level: int, began: float) -> bool:
@@ -188,7 +195,8 @@ class Retiming:
         if due is None or not asked:
             return None
         units = min(max(self._topology.units(due - time.time()), 1), asked)
-        headers = {name: text for name, text in (properties.headers or {}).items() if name.startswith("mtj-")}
+        counts, errors = counts_of(properties.headers), errors_of(properties.headers)
+        headers = headers_of(id_of(properties, content.body), counts, errors, due=due)
         exchange, key = self._topology.delayed_again(key, units)
         return Posting(exchange, key, headers, content.body, properties.priority or 0)
 
@@ -206,6 +214,7 @@ class _Taking:
         self._came: list[Content] = []
         self._changed = asyncio.Event()
         self._begun = False
+        self._refusal: JobsError | None = None
 
     async def some(self) -> list[Content]:
         """What has come; nothing where the queue is empty."""
@@ -238,9 +247,31 @@ class _Taking:
         self._changed.set()
 
     def settle(self, contents: list[Content], outcomes: "asyncio.Future[list[Outcome]]") -> None:
-        """Acknowledge what is stored."""
-        together = zip(contents, outcomes.result(), strict=True)
+        """Acknowledge what is stored. What has no place to go stays."""
+        if outcomes.cancelled():
+            return
+        together = list(zip(contents, outcomes.result(), strict=True))
         self._lane.acknowledge([one.frame.delivery_tag for one, outcome in together if outcome == "stored"])
+        for _, outcome in together:
+            if isinstance(outcome, JobsError):
+                self._refusal = outcome
+            elif outcome == "refused":
+                self._refusal = BackendUnavailable("RabbitMQ did not take a delayed job")
+
+    async def until_stored(self, sending: "set[asyncio.Future[list[Outcome]]]", but: int = 0) -> None:
+        """Wait for all of them but so many.
+
+        Raises:
+            JobsError: one was refused, or what was taken out is lost meanwhile, with its connection.
+        """
+        gone = self._lane.channel.gone
+        while len(sending) > but and not gone.done():
+            either: set[asyncio.Future[Any]] = {*sending, gone}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done():
+            raise gone.result()
+        if self._refusal is not None:
+            raise self._refusal
 
     async def rest(self) -> list[Content]:
         """Take no more. What had come until then."""
@@ -259,5 +290,6 @@ class _Taking:
         self._lane.channel.begin_close()
 
 
-def _id_of(content: Content) -> Any:
-    return (content.properties.headers or {}).get("mtj-id")
+def _job_of(posting: Posting) -> tuple[Any, Any]:
+    """What tells it from others, also from another under the same id."""
+    return posting.headers["mtj-id"], posting.headers["mtj-due"]
