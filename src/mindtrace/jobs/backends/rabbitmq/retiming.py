@@ -35,7 +35,7 @@ from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Jobs
 _log = logging.getLogger(__name__)
 
 _TAG = "delays"
-_AHEAD = 200  # unacknowledged
+_AHEAD = 50  # unacknowledged, and so in memory; a body may have some MB
 _SENDING = 20  # batches; each that finds the queue quiet takes one message more than may be unacknowledged
 _QUIET = 0.05
 _PASSES = 10
@@ -123,18 +123,19 @@ class Retiming:
         if sum(counts) > _MOST:
             _log.warning("RabbitMQ was restarted: of %d delayed jobs some are late by as much", sum(counts))
             return True
-        began, seen = time.time(), set[Any]()
+        began, started, seen = time.time(), time.monotonic(), set[Any]()
         for _ in range(_PASSES):
             new = 0
             for level in range(len(counts) - 1, _LOWEST - 1, -1):
                 new += await self._put(level, seen, began)
-            if not new and time.time() - began > _UNDER_WAY:
+            if not new and time.monotonic() - started > _UNDER_WAY:
                 break
             await self._pause()
             if self._closing.is_set():
                 return False
         if seen:
-            _log.info("RabbitMQ was restarted: looked through %d delayed jobs, %.1f s", len(seen), time.time() - began)
+            seconds = time.monotonic() - started
+            _log.info("RabbitMQ was restarted: looked through %d delayed jobs, %.1f s", len(seen), seconds)
         return True
 
     async def _put(self, level: int, seen: set[Any], began: float) -> int:
