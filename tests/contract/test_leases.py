@@ -397,6 +397,24 @@ async def test_leaving_a_receiver_releases_what_it_holds_in_its_old_place(
     assert counts == {messages[0]: (1, 0, 1), messages[1]: (1, 0, 1), messages[2]: (1, 0, 0)}
 
 
+@pytest.mark.parametrize(("settlement", "afterwards"), AFTERWARDS)
+async def test_a_settlement_under_way_when_its_receiver_is_left_is_carried_out_once(
+    backend: Backend, queue: str, settlement: Settlement, afterwards: Depth, known: Known
+) -> None:
+    await backend.publish(queue, [a_message()])
+    async with backend.receiver([queue], lease=60) as receiver:
+        delivery = await take(receiver)
+        settling = asyncio.create_task(receiver.settle([(delivery, settlement)]))
+        await asyncio.sleep(0)
+    assert await settling == [None]
+    async with asyncio.timeout(10):
+        while (depth := await backend.depth(queue)) != known(*astuple(afterwards)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    async with backend.receiver([queue], slots=5) as receiver:
+        taken = await receiver.receive(5, wait=SHORT)
+        assert [(one.message, one.crashes) for one in taken] == [(delivery.message, 0)] * depth.ready
+
+
 async def test_what_comes_to_a_receiver_as_it_is_left_is_no_crash(backend: Backend, queue: str) -> None:
     """There is more than it has slots for, of which each that is handed back is one free."""
     messages = [a_message() for _ in range(60)]

@@ -245,6 +245,30 @@ async def test_a_job_that_comes_back_wakes_who_waits(backend: Backend, queue: st
     assert again.message == message
 
 
+async def test_what_is_released_does_not_come_back_to_who_asks_for_nothing(backend: Backend, queue: str) -> None:
+    """Though that one has waited before, and has a slot again: the next who asks has it."""
+    async with backend.receiver([queue]) as holder, backend.receiver([queue]) as other:
+        for _ in range(5):
+            receiving = await waiting(holder)
+            await backend.publish(queue, [message := a_message()])
+            [delivery] = await receiving
+            assert await holder.settle([(delivery, Release())]) == [None]
+            again = await take(other)
+            assert (again.message, again.releases) == (message, 1)
+            assert await other.settle([(again, Done())]) == [None]
+
+
+async def test_a_receive_that_does_not_wait_finds_what_was_stored_before(backend: Backend, queue: str) -> None:
+    """Though the call before it waited, so that the broker may be bringing it."""
+    async with backend.receiver([queue]) as receiver:
+        for _ in range(20):
+            assert await receiver.receive(1, wait=0.01) == []
+            await backend.publish(queue, [message := a_message()])
+            [delivery] = await receiver.receive(1)
+            assert (delivery.message, delivery.crashes) == (message, 0)
+            assert await receiver.settle([(delivery, Done())]) == [None]
+
+
 async def test_a_queue_of_many_idle_receivers_hands_each_job_out_once(backend: Backend, queue: str) -> None:
     taken: list[Message] = []
     messages = [a_message() for _ in range(50)]

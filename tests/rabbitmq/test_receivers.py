@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from mindtrace.jobs import (
 )
 from mindtrace.jobs.job import new_job_id
 from mindtrace.jobs.testing.brokers import Broker
+from mindtrace.jobs.testing.faults import CancelAt
 from mindtrace.jobs.testing.proxy import Amqp, FaultProxy
 from mindtrace.jobs.wire import Message
 
@@ -174,6 +176,81 @@ async def test_a_receiver_with_one_slot_holds_one_job_and_leaves_the_next_to_who
         await full
 
 
+async def test_what_was_got_and_what_is_pushed_are_together_no_more_than_the_slots(world: "World") -> None:
+    queue = await world.queue()
+    await world.backend.publish(queue, messages(1))
+    async with world.backend.receiver([queue], slots=2) as busy, world.backend.receiver([queue]) as idle:
+        assert len(await busy.receive(1)) == 1
+        waiting = asyncio.create_task(busy.receive(1, wait=BOUND))
+        await world.somebody.until_consumed(queue)
+        await world.backend.publish(queue, messages(2))
+        assert len(await waiting) == 1
+        [third] = await idle.receive(1, wait=BOUND)
+        assert third.releases == 0  # it lay with nobody before
+
+
+async def test_what_was_pushed_ahead_is_lost_with_the_line_and_nobody_is_told(world: "World") -> None:
+    """But of what somebody has; and all of it comes again."""
+    queue, lost = await world.queue(), asyncio.Queue[Delivery]()
+    async with FaultProxy.to(world.url, wire=Amqp) as proxy, asyncio.timeout(BOUND):
+        backend = await world.another(proxy.url(world.url))
+        async with backend.receiver([queue], slots=5, lost=lost.put_nowait) as receiver:
+            waiting = asyncio.create_task(receiver.receive(1, wait=BOUND))
+            await world.somebody.until_consumed(queue)
+            await world.backend.publish(queue, sent := messages(5))
+            [first] = await waiting
+            while proxy.replies.count(b"BASIC.DELIVER") < 5:  # noqa: ASYNC110 (a list tells nobody)
+                await asyncio.sleep(0.01)
+            proxy.reset()
+            assert await lost.get() is first
+            again = list[Delivery]()
+            while len(again) < 5:
+                again += await receiver.receive(5, wait=BOUND)
+            assert lost.empty()
+            assert {delivery.message.id for delivery in again} == {message.id for message in sent}
+            assert await receiver.settle([(delivery, Done()) for delivery in again]) == [None] * 5
+        await backend.aclose()
+
+
+async def test_the_lease_of_what_was_put_back_begins_when_the_next_call_has_it(world: "World") -> None:
+    """It was to be a cancelled call's, and lies there for longer than a lease."""
+    queue, other, lapsed = await world.queue(), await world.queue("other"), asyncio.Event()
+    for name in (queue, other):
+        await world.backend.publish(name, messages(1))
+    async with (
+        world.backend.receiver([queue], lease=0.2, keep=False) as receiver,
+        world.backend.receiver([other], lease=0.3, keep=False, lost=lambda _: lapsed.set()) as clock,
+        asyncio.timeout(BOUND),
+    ):
+        assert (await CancelAt(1, "finished").run(receiver.receive(1))).cancelled
+        assert len(await clock.receive(1)) == 1
+        await lapsed.wait()
+        [delivery] = await receiver.receive(1)
+        assert (delivery.crashes, delivery.lost) == (0, False)
+        assert delivery.deadline - time.monotonic() > 0.1
+        assert await receiver.settle([(delivery, Done())]) == [None]
+
+
+async def test_what_comes_as_a_receiver_is_left_is_released_and_given_to_nobody(world: "World") -> None:
+    """It is on its way from the keeper's thread to a call that waits, while the loop stands still."""
+    queue = await world.queue()
+    receiving = world.backend.receiver([queue])
+    receiver = await receiving.__aenter__()
+    waiting = asyncio.create_task(receiver.receive(1, wait=BOUND))
+    await world.somebody.until_consumed(queue)
+    [message] = messages(1)
+    await world.backend.publish(queue, [replace(message, delay=0.3)])
+    leaving = asyncio.create_task(receiving.__aexit__(None, None, None))
+    await asyncio.sleep(0)
+    time.sleep(0.6)  # noqa: ASYNC251 (it is to stand still)
+    await leaving
+    with pytest.raises(Closed):
+        await waiting
+    async with world.backend.receiver([queue]) as next_one:
+        [delivery] = await next_one.receive(1, wait=BOUND)
+        assert (delivery.message, delivery.crashes, delivery.releases) == (message, 0, 1)
+
+
 async def test_a_nudge_ends_the_wait_of_the_call_after_one_that_was_cancelled(world: "World") -> None:
     """Whichever of the two the keeper's thread is at: it hears of the nudge before it has heard of the cancellation."""
     queue = await world.queue()
@@ -220,13 +297,13 @@ async def test_who_waits_costs_next_to_nothing_whatever_it_waits_for(world: "Wor
         async def idle(limit: int, receivers: Sequence[Receiver]) -> list[str]:
             """What they say after half a second, in which they did next to nothing."""
             worked, sent = time.process_time(), proxy.count()
-            waiting = [asyncio.create_task(one.exchange([], limit, wait=0.5)) for one in receivers]
+            waiting = [asyncio.create_task(one.exchange([], limit, wait=300.0)) for one in receivers]
             await asyncio.wait(waiting, timeout=0.5)
             assert time.process_time() - worked < 0.3 * 0.5
             assert proxy.count() - sent < 10 * len(receivers)
             for receiver, call in zip(receivers, waiting, strict=True):
-                if not call.done():
-                    receiver.nudge()
+                assert not call.done()
+                receiver.nudge()
             async with asyncio.timeout(BOUND):
                 return [type(one).__name__ for one in await asyncio.gather(*waiting, return_exceptions=True)]
 
