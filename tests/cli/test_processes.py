@@ -80,8 +80,13 @@ MOMENTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("at", MOMENTS)
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("at", "number", "status"),
+    [
+        *((at, "SIGINT", 130) for at in MOMENTS),
+        *((at, "SIGTERM", -signal.SIGTERM) for at in ("pydantic", "email.parser")),
+    ],
+)
 def test_a_signal_ends_it_quietly_whenever_it_comes(at: str, number: str, status: int) -> None:
     """While the library is imported, what it stands on, or the command line; when that looks around; and at the end."""
     command = [sys.executable, "-c", TRAPPED, at, number]

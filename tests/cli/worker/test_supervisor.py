@@ -89,6 +89,7 @@ def test_processes_end_with_a_supervisor_that_is_killed(site: Any, until: Callab
     assert (site.depth().ready, site.depth().leased) == (0, 0)
 
 
+@pytest.mark.chaos
 def test_a_login_that_is_refused_to_all_is_one_line(server: Broker, site_on: Callable[[str], Any]) -> None:
     """Also where all have been started, since the broker was not there: the first that is refused says it for all."""
     server.kill()
@@ -146,6 +147,7 @@ def test_hangup_replaces_a_process_once_the_new_one_is_ready_and_not_by_one_that
     assert command.status() == 0
 
 
+@pytest.mark.chaos
 def test_a_first_signal_in_a_rolling_restart_cancels_nothing(site: Any) -> None:
     """The one that is replaced drains already, and has the time for it that it was given."""
     site.publish(gate=str(site.gate()))

@@ -238,7 +238,6 @@ BROKEN = {
     "import, several": (["broken:worker", "--processes", "2"], 3, "broken:worker: ZeroDivisionError"),
     "no such module, several": (["ap:worker", "--processes", "2"], 3, "ap:worker: there is no module 'ap' in"),
     "no such object, several": (["app:work", "--processes", "2"], 2, "there is no 'work': did you mean 'worker'"),
-    "no such queue, several": (["app:worker", "-q", "job", "--processes", "2"], 2, "did you mean 'jobs'"),
     "reload, several": (["app:worker", "--processes", "2", "--reload"], 2, "--reload"),
 }
 
