@@ -16,7 +16,8 @@ class Health:
     """How a worker is, at one moment.
 
     Attributes:
-        connected: the last exchange reached the broker; False before the first one, and after the end.
+        connected: the last exchange reached the broker, and the connection is not lost; False before the first one, and
+            after the end.
         idle_for: seconds since the receive loop last turned, without those that it may wait for a job or an answer.
         lag: seconds for which the event loop stands still, or did when it was last looked at.
         running: jobs that are being run.

@@ -323,7 +323,7 @@ class Worker:
         pump, guard = self._pump, self._guard
         receiver = pump.receiver
         return Health(
-            connected=pump.pulse.connected,
+            connected=pump.pulse.connected and not (receiver is not None and receiver.is_away()),
             idle_for=pump.pulse.idle_for,
             lag=0.0 if guard is None else guard.lag,
             running=len(pump.runs),

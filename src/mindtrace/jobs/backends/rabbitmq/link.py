@@ -87,6 +87,11 @@ class Link:
         return self.line
 
     @property
+    def is_away(self) -> bool:
+        """Whether the server was there, and is not now. From any thread."""
+        return self._lost_at is not None
+
+    @property
     def failed(self) -> AuthenticationFailed | None:
         """Why nobody tries any more to connect."""
         return self._failed

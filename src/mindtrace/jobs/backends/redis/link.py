@@ -271,6 +271,11 @@ class Link:
                 self._line.send(again)
             self._send_backlog()
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the server was there, and no connection is now. From any thread."""
+        return self._lost_at is not None and self._line is None
+
     def _is_back(self) -> None:
         """There is a line, and on it an answer."""
         if self._lost_at is not None:
