@@ -98,11 +98,11 @@ class Somebody:
             while await self.count(queue) != count:  # noqa: ASYNC110 (a count rings no bell)
                 await asyncio.sleep(0.01)
 
-    async def until_consumed(self, queue: str) -> None:
-        """Waits until the server pushes from it to somebody."""
+    async def until_consumed(self, queue: str, *, by: int = 1) -> None:
+        """Waits until the server pushes from it to so many."""
         channel, name = await self.channel(), f"{self.namespace}:{queue}"
         async with asyncio.timeout(ANSWERS):
-            while not (await channel.queue_declare(name, passive=True)).consumer_count:  # noqa: ASYNC110
+            while (await channel.queue_declare(name, passive=True)).consumer_count != by:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
     async def all_of(self, queue: str) -> list[tuple[Mapping[str, Any], bytes]]:
