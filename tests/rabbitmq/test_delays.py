@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pamqp import encode
@@ -260,7 +260,7 @@ async def test_of_what_somebody_else_delays_with_our_headers_only_what_we_know_i
 ) -> None:
     """With one more byte in its headers it would be too long, which would end the connection."""
     hold, key = Topology(world.namespace).delayed("jobs", 1000)
-    headers = {"mtj-id": "theirs", "mtj-due": "0", "mtj-more": "x" * 131_000}
+    headers: dict[str, Any] = {"mtj-id": "theirs", "mtj-due": "0", "mtj-more": "x" * 131_000}
     await world.somebody.publish(hold, key, b"{}", encode.field_table(headers))
     message = await late(-5.0)
     async with world.backend.receiver(["jobs"], slots=2) as receiver:

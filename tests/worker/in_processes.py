@@ -118,7 +118,8 @@ def act(data: dict[str, Any]) -> Any:
                 time.sleep(0.005)
         case "fill":
             pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20),) * 2)
+            most = pages * resource.getpagesize() + (64 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
             chain: Any = None
             for size in (1 << 20, 1 << 16, 1 << 12, 1 << 10, *range(512, 0, -16)):  # until nothing of any size is left
                 with suppress(MemoryError):
