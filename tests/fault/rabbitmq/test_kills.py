@@ -175,12 +175,12 @@ async def poison_ends_alone(scene: Any) -> None:
     assert await ends_well([process for process in scene.processes if not process.has_ended()])
     assert await scene.wrong(copies=4 * CRASH_LIMIT) == []
 
-    runs = [(entry.number, entry.attempt) for entry in scene.of("start", poison)]
-    assert runs == [(number, number) for number in range(1, CRASH_LIMIT + 1)]
+    # A worker that has another suspect of a crash hands it back, which is a delivery and no attempt.
+    assert [entry.attempt for entry in scene.of("start", poison)] == [*range(1, CRASH_LIMIT + 1)]
     assert {entry.id for entry in scene.of("effect")} == set(good)
     [record] = (await scene.orchestrator.dead_letters("jobs").list()).records
     assert (record.message.id, record.reason) == (poison, "crash_limit")
-    assert (record.attempts, record.crashes, record.number) == (CRASH_LIMIT, CRASH_LIMIT, CRASH_LIMIT)
+    assert (record.attempts, record.crashes) == (CRASH_LIMIT, CRASH_LIMIT)
 
 
 async def a_loop_that_is_blocked_keeps_its_jobs(scene: Any) -> None:

@@ -225,9 +225,9 @@ async def test_a_poison_job_is_started_as_often_as_it_may_crash_and_takes_no_oth
     assert sum(task.result() for task in keeping) == CRASH_LIMIT
     assert await scene.wrong() == []
 
-    runs = [(entry.number, entry.attempt) for entry in scene.of("start", poison)]
-    assert runs == [(number, number) for number in range(1, CRASH_LIMIT + 1)]
+    # A worker that has another suspect of a crash hands it back, which is a delivery and no attempt.
+    assert [entry.attempt for entry in scene.of("start", poison)] == [*range(1, CRASH_LIMIT + 1)]
     assert {entry.id for entry in scene.of("effect")} == set(good)
     [record] = (await scene.orchestrator.dead_letters("jobs").list()).records
     assert (record.message.id, record.reason) == (poison, "crash_limit")
-    assert (record.attempts, record.crashes, record.number) == (CRASH_LIMIT, CRASH_LIMIT, CRASH_LIMIT)
+    assert (record.attempts, record.crashes) == (CRASH_LIMIT, CRASH_LIMIT)
