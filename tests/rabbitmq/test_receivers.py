@@ -181,7 +181,7 @@ async def test_what_was_got_and_what_is_pushed_are_together_no_more_than_the_slo
     async with world.backend.receiver([queue], slots=2) as busy, world.backend.receiver([queue]) as idle:
         assert len(await busy.receive(1)) == 1
         waiting = asyncio.create_task(busy.receive(1, wait=BOUND))
-        await world.somebody.until_consumed(queue)
+        await world.somebody.until_consumed(queue, by=2)  # it counts what was got as one
         await world.backend.publish(queue, messages(2))
         assert len(await waiting) == 1
         [third] = await idle.receive(1, wait=BOUND)
