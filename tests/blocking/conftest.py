@@ -20,7 +20,7 @@ import pytest
 CAP = 10.0  # seconds that anything may take before the test gives up on it
 
 BEGINNING = r"""
-import asyncio, faulthandler, os, signal, sys, threading, warnings
+import asyncio, faulthandler, gc, os, signal, sys, threading, warnings
 from pydantic import BaseModel
 from mindtrace.jobs import (  # a star would load the drivers of the servers
     AsyncOrchestrator, ConfigError, Consumer, Depth, JobSchema, JobsError, LocalClient, Orchestrator, QueueSpec,

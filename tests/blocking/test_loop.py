@@ -59,6 +59,8 @@ for orchestrator in orchestrators:
         thread.join()
     for i in range(4):
         orchestrator.publish(f"orders{i}", {"item": "of a dict"})
+del orchestrator, orchestrators
+gc.collect()  # what is left of the parent's tasks complains of nothing
 print("all known")
 os._exit(0)  # as a child of multiprocessing ends
 """

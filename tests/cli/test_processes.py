@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,6 +51,66 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+TRAPPED = """
+import atexit, os, signal, sys
+
+at, number = sys.argv[1], signal.Signals[sys.argv[2]]
+sys.argv[:] = ["mindtrace-jobs", "version"]
+
+class Trap:
+    def find_spec(self, name, path=None, target=None):
+        if name == at:
+            os.kill(os.getpid(), number)
+        elif f"{name}, where an exception is lost" == at:
+            Last()
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+
+sys.meta_path.insert(0, Trap())
+if at == "the end":
+    atexit.register(os.kill, os.getpid(), number)
+from mindtrace.jobs_command import main
+sys.exit(main())
+"""
+MOMENTS = (
+    "mindtrace.jobs", "pydantic", "pydantic, where an exception is lost", "mindtrace.jobs.cli",
+    "email.parser", "the end",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("at", "number", "status"),
+    [
+        *((at, "SIGINT", 130) for at in MOMENTS),
+        *((at, "SIGTERM", -signal.SIGTERM) for at in ("pydantic", "email.parser")),
+    ],
+)
+def test_a_signal_ends_it_quietly_whenever_it_comes(at: str, number: str, status: int) -> None:
+    """While the library is imported, what it stands on, or the command line; when that looks around; and at the end."""
+    command = [sys.executable, "-c", TRAPPED, at, number]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    said = "interrupted\n" if (at, number) == ("email.parser", "SIGINT") else ""
+    assert (process.returncode, process.stderr) == (status, said)
+    assert bool(process.stdout) == (at == "the end")
+
+
+def test_a_signal_that_is_ignored_by_whoever_starts_it_stays_ignored() -> None:
+    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + TRAPPED
+    command = [sys.executable, "-c", ignoring, "pydantic", "SIGINT"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_the_installed_command_is_the_one_that_imports_nothing_before_it_can_be_interrupted() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["scripts"] == {"mindtrace-jobs": "mindtrace.jobs_command:main"}
+    look = "import sys, mindtrace.jobs_command; print('mindtrace.jobs' in sys.modules, 'asyncio' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=30, check=True)
+    assert process.stdout == "False False\n"
+
+
 def test_without_a_broker_it_is_exit_4_and_without_the_application_3(start: Start) -> None:
     cases = [
         *((4, f"{name}://127.0.0.1:1/", f"{name}://user:{CANARY}@127.0.0.1:1") for name in ("redis", "amqp")),
@@ -71,6 +132,26 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(start: Start) ->
     process.stdout = None
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (141, "")
+
+
+@pytest.mark.redis
+def test_what_is_closed_is_as_empty_as_a_null_device(on_redis: Server) -> None:
+    on_redis.declare(QueueSpec("orders"))
+
+    def run(words: str) -> tuple[int, str, str]:
+        command = f"{sys.executable} -m mindtrace.jobs {words}"
+        where = {"MINDTRACE_JOBS_URL": on_redis.url, "MINDTRACE_JOBS_NAMESPACE": on_redis.namespace}
+        ended = subprocess.run(
+            ["sh", "-c", command], env={**os.environ, **where}, capture_output=True, text=True, timeout=30
+        )
+        return ended.returncode, ended.stdout, ended.stderr.splitlines()[-1] if ended.stderr else ""
+
+    assert run("publish orders - <&-") == (0, "", "0 jobs published")
+    assert run("publish orders '{}' --id one 2>&-") == (0, "one\n", "")  # and not what would be said on stderr
+    status, out, said = run("queues clean orders <&-")
+    assert (status, out, "Nobody can be asked here: say --yes" in said) == (2, "", True)
+    assert run("queues clean orders --yes >&-") == (0, "", "")
+    assert on_redis.count("orders") == 0
 
 
 @pytest.mark.redis

@@ -115,6 +115,8 @@ def test_config_tells_of_everything_that_is_wrong_and_of_variables_that_mean_not
         (("satus",), "did you mean 'status'?"),
         (("queues", "lits"), "did you mean 'list'?"),
         (("status", "--quue", "x"), "did you mean '--queue'?"),
+        (("--verison",), "there is no option '--verison': did you mean '--version'?"),
+        (("dead", "show", "--payloda"), "did you mean '--payload'?"),
         (("status", "--js"), "'--js'"),  # nothing is shortened: a later option would change what it means
         (("status", "orders"), "'orders'"),
         (("dead", "list", "--reason", "attemps"), "did you mean 'attempts'?"),

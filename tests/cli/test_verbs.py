@@ -80,6 +80,23 @@ def test_an_application_of_any_kind_brings_its_broker_its_schemas_and_its_queues
     assert server.ready("checkout") == ["one"]
 
 
+def test_a_consumer_without_a_schema_takes_whatever_is_published_for_it(cli: Cli, server: Server, shop: Path) -> None:
+    """Also before its worker was ever started, which makes the queue."""
+    (shop / "mails.py").write_text(
+        "from shop import *\n"
+        "class Mails(AsyncConsumer):\n    async def run(self, job_dict): ...\n"
+        "worker = Worker(AsyncOrchestrator(backend()), [Mails('mails'), Checkout('checkout')])",
+        "utf-8",
+    )
+    published = cli("publish", "mails", '{"to": "anybody"}', "--app", "mails:worker", "--id", "one")
+    assert (published.status, published.out) == (0, "one\n")
+    assert published.err == "the consumer of 'mails' has no schema: the input is not validated\n"
+    near = cli("publish", "mail", "{}", "--app", "mails:worker")
+    assert (near.status, near.out) == (2, "")
+    assert "no schema 'mail': did you mean 'mails'?" in near.err
+    assert server.ready("mails") == ["one"]
+
+
 def test_without_an_application_a_job_is_published_as_it_is_and_that_is_said(
     cli: Cli, server: Server, folder: Path
 ) -> None:

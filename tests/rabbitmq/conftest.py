@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import aiormq
@@ -66,6 +66,24 @@ class Somebody:
         channel = await self.channel()
         await channel.basic_publish(body, routing_key=f"{self.namespace}:{queue}", properties=made)
 
+    async def publish(self, exchange: str, key: str, body: bytes, headers: Mapping[str, Any] | bytes) -> None:
+        """A message for an exchange, by its name on the server, confirmed. Headers in bytes are all that it has."""
+        made = (
+            AsTheyAre("headers", headers)
+            if isinstance(headers, bytes)
+            else commands.Basic.Properties(headers=dict(headers), delivery_mode=2)
+        )
+        await (await self.channel()).basic_publish(body, exchange=exchange, routing_key=key, properties=made)
+
+    async def until_exchange(self, exchange: str) -> None:
+        """Waits until there is one of this name in the namespace."""
+        async with asyncio.timeout(ANSWERS):
+            while True:
+                with suppress(aiormq.exceptions.ChannelNotFoundEntity):
+                    await (await self.channel()).exchange_declare(f"{self.namespace}:{exchange}", passive=True)
+                    return
+                await asyncio.sleep(0.05)
+
     async def count(self, queue: str) -> int | None:
         """How many messages are ready in a queue by its name in the namespace; None if there is none."""
         try:
@@ -103,7 +121,7 @@ class Somebody:
         channel = await self.channel()
         for name in queues:
             await channel.queue_delete(f"{self.namespace}:{name}")
-        for name in [*(f"{level}.hold" for level in range(LEVELS)), "priority", "due", "gone"]:
+        for name in [*(f"{level}.hold" for level in range(LEVELS)), "priority", "due", "gone", "up.hold"]:
             await channel.exchange_delete(f"{self.namespace}:{name}")
 
     async def aclose(self) -> None:

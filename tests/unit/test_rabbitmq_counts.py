@@ -13,7 +13,16 @@ from pamqp.frame import marshal
 from pamqp.header import ContentHeader
 
 from mindtrace.jobs import RunError
-from mindtrace.jobs.backends.rabbitmq.counts import NEW, Counts, counts_of, death_of, errors_of, headers_of, id_of
+from mindtrace.jobs.backends.rabbitmq.counts import (
+    NEW,
+    Counts,
+    counts_of,
+    death_of,
+    due_of,
+    errors_of,
+    headers_of,
+    id_of,
+)
 from mindtrace.jobs.delivery import DeadReason, with_error
 from mindtrace.jobs.job import is_job_id
 
@@ -32,6 +41,23 @@ VALUES: list[Any] = [
 
 def died(ms: int) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=ms)
+
+
+# --- when it is due
+
+
+@often
+@given(st.floats(0, 2**33))
+def test_when_a_job_is_due_is_read_back_to_the_microsecond(due: float) -> None:
+    found = due_of(headers_of("an-id", NEW, due=due))
+    assert found is not None
+    assert abs(found - due) < 2e-6
+
+
+@pytest.mark.parametrize("value", [*VALUES, "-1", "1" * 18, "1.5", "\u0661"])
+def test_of_what_is_no_time_of_ours_nothing_is_due(value: Any) -> None:
+    assert due_of({"mtj-due": value}) is None
+    assert due_of({}) is due_of(None) is None
 
 
 # --- the numbers

@@ -1,5 +1,6 @@
 """What is said of a RabbitMQ that is not there: once, in the same words, and by us alone."""
 
+import asyncio
 import logging
 import socket
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import pytest
 
 from mindtrace.jobs import BackendUnavailable
 from mindtrace.jobs.backends.rabbitmq.address import Address
+from mindtrace.jobs.backends.rabbitmq.line import Line
 from mindtrace.jobs.backends.rabbitmq.link import Link
 
 pytestmark = pytest.mark.anyio
@@ -82,3 +84,27 @@ async def test_whoever_sets_a_level_for_the_driver_has_that_level(
     caplog.set_level(logging.ERROR, logger=name)
     await why(nobody, 0.1)
     assert {record.name for record in caplog.records if record.levelno == logging.ERROR} == {"aiormq.connection"}
+
+
+@pytest.mark.rabbitmq
+async def test_a_server_that_takes_in_and_throws_out_is_said_to_be_lost_once(
+    rabbitmq_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it does while it comes up."""
+    ups, enough = 0, asyncio.Event()
+
+    def throw_out(line: Line) -> None:
+        nonlocal ups
+        ups += 1
+        line.lost.set_result(ConnectionResetError("thrown out"))
+        if ups == 4:
+            enough.set()
+
+    caplog.set_level(logging.DEBUG, "mindtrace.jobs")
+    link = Link(Address.of_url(rabbitmq_url), "test", Random(1), throw_out)
+    link.start()
+    async with asyncio.timeout(20):
+        await enough.wait()
+    await link.aclose()
+    levels = [record.levelno for record in caplog.records if "thrown out" in record.getMessage()]
+    assert levels == [logging.WARNING, logging.DEBUG, logging.DEBUG]

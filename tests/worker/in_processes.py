@@ -5,12 +5,17 @@ import contextvars
 import json
 import logging
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+import weakref
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -38,6 +43,16 @@ class Sold(OutOfStock):
     pass
 
 
+class Full(MemoryError):
+    """Says whether what the run held is still there."""
+
+    def __init__(self, held: "weakref.ref[set[int]]") -> None:
+        self.held = held
+
+    def __str__(self) -> str:
+        return "let go" if self.held() is None else "held"
+
+
 def tell(board: str, *, wait: bool = False, **facts: Any) -> None:
     """Tell the test; and wait until it has heard enough."""
     with socket.socket(socket.AF_UNIX) as line:
@@ -52,6 +67,13 @@ def job_facts() -> dict[str, Any]:
     return {**job, "deadline": job["deadline"] - time.monotonic()}
 
 
+def turns_without_end(deep: int) -> None:
+    if deep:
+        turns_without_end(deep - 1)
+    while True:
+        pass
+
+
 def act(data: dict[str, Any]) -> Any:
     """What the input asks for."""
     match data["act"]:
@@ -61,6 +83,12 @@ def act(data: dict[str, Any]) -> Any:
             tell(data["board"], job=job_facts(), before=before, n=data.get("n"))
         case "wait":
             tell(data["board"], wait=True)
+        case "turn":
+            tell(data["board"])
+            turns_without_end(data.get("deep", 0))
+        case "hang":
+            tell(data["board"])
+            re.match(r"(a+)+$", "a" * 64 + "b")
         case "start":
             with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as started:
                 tell(data["board"], started=started.pid)
@@ -88,6 +116,20 @@ def act(data: dict[str, Any]) -> Any:
             while True:
                 kept.append(os.urandom(1024) * 1024)
                 time.sleep(0.005)
+        case "fill":
+            pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+            most = pages * resource.getpagesize() + (64 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            chain: Any = None
+            for size in (1 << 20, 1 << 16, 1 << 12, 1 << 10, *range(512, 0, -16)):  # until nothing of any size is left
+                with suppress(MemoryError):
+                    while True:
+                        chain = (chain, bytes(size))
+            while True:
+                chain = (chain, None)
+        case "overfill":
+            held = {1}
+            raise Full(weakref.ref(held))
         case "raise":
             raise {"Sold": Sold, "OutOfStock": OutOfStock, "KeyError": KeyError}[data["kind"]]("no more of it")
         case "snooze":
@@ -143,6 +185,15 @@ class Demanding(Acts):
         super().__init__(job_type_name)
         if os.environ.get("DATABASE_OF", str(os.getpid())) != str(os.getpid()):
             raise ConnectionError("no database")
+
+
+class Waiting(Acts):
+    """Made later, it waits for the test."""
+
+    def __init__(self, job_type_name: str) -> None:
+        super().__init__(job_type_name)
+        if "BOARD" in os.environ:
+            tell(os.environ["BOARD"], wait=True)
 
 
 class NeedsMore(Acts):

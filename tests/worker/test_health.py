@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mindtrace.jobs import AsyncOrchestrator, Event, Health, QueueSpec, Reconnected, RedisBackend, Worker, connect
+from mindtrace.jobs import AsyncOrchestrator, Event, Health, Job, QueueSpec, Reconnected, RedisBackend, Worker, connect
 from mindtrace.jobs.guard import LoopGuard
 from mindtrace.jobs.health import Pulse
 from mindtrace.jobs.testing.proxy import Amqp, FaultProxy, Resp
@@ -160,6 +160,39 @@ async def test_through_an_outage_a_worker_is_alive_and_not_ready_and_tells_when_
     said = [record.getMessage() for record in caplog.records]
     assert any(f"{kind} is there again, after" in line for line in said)
     assert any("a listener failed on Reconnected" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wire"),
+    [
+        pytest.param("redis", Resp, marks=pytest.mark.redis),
+        pytest.param("rabbitmq", Amqp, marks=pytest.mark.rabbitmq),
+    ],
+)
+async def test_a_worker_that_has_no_slot_free_and_asks_for_nothing_is_not_ready_either_in_an_outage(
+    consumer: Make, start: Start, gate: Any, request: pytest.FixtureRequest, kind: str, wire: Any
+) -> None:
+    async def held(_: Any) -> None:
+        await gate.enter()
+
+    url = request.getfixturevalue(f"{kind}_url")
+    async with FaultProxy.to(url, wire=wire) as proxy, AsyncOrchestrator(connect(proxy.url(url))) as orchestrator:
+        worker = Worker(orchestrator, [consumer(held, "busy")], concurrency=1, drain=0)
+        running = start(worker)
+        await until(lambda: worker.health().ready)
+        await orchestrator.publish("busy", Job(name="busy", schema_name="busy", input_data={}))
+        await gate.holds(1)
+        assert worker.health().ready
+        proxy.refuse()
+        proxy.reset()
+        await until(lambda: not worker.health().ready, 5)
+        assert worker.health().healthy
+        proxy.accept()
+        await until(lambda: worker.health().ready, 15)
+        gate.open()
+        worker.stop()
+        await running
+        await orchestrator.delete("busy", force=True)
 
 
 # A thread that ends so is complained of, which is what this test wants.

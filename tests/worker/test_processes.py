@@ -5,10 +5,13 @@ import importlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -296,6 +299,24 @@ async def test_a_run_that_exits_has_failed_and_only_its_child_leaves(
     assert (record.reason, record.crashes, last_error(record)) == ("attempts", 0, ("SystemExit", "enough"))
 
 
+async def test_a_run_that_finds_no_more_memory_has_failed_and_its_child_is_replaced(
+    orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Though nothing is left to tell it with; and what the run has broken up goes with the process."""
+    await publish("tell")
+    fills = await publish("fill")
+    await publish("tell")
+    full = await publish("overfill")
+    assert await Worker(orchestrator, [shop.Once("jobs")], concurrency=1, until_idle=True).run() == 0
+    before, after = board.all()
+    assert before["pid"] != after["pid"]
+    dead = await dead_letters(orchestrator)
+    assert {(record.reason, record.crashes) for record in dead.values()} == {("attempts", 0)}
+    assert last_error(dead[fills])[0] == "MemoryError"
+    assert last_error(dead[full]) == ("in_processes.Full", "let go")
+    assert capfd.readouterr().err == ""
+
+
 async def test_a_run_whose_process_dies_crashes_alone_and_is_dead_at_its_crash_limit(
     orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any
 ) -> None:
@@ -387,6 +408,87 @@ async def test_a_drain_lets_a_run_end_and_signals_to_everyone_mean_the_worker(
     worker.stop()
     board.let_go()
     assert (await running, worker.handled) == (0, 1)
+
+
+# --- where it is
+
+
+async def test_a_run_in_a_process_tells_the_line_it_is_at_to_whoever_asks_also_when_it_never_pauses(
+    orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any
+) -> None:
+    """To the loop, to a thread while the loop stands still, and to several at once."""
+    await publish("turn")
+    await publish("wait")
+    async with Worker(orchestrator, [shop.Acts("jobs")], concurrency=2, drain=0) as worker:
+        await board.next()
+        await board.next()
+        with ThreadPoolExecutor() as threads:
+            asked = [threads.submit(worker.running) for _ in range(4)]
+            answers = [worker.running(), *(one.result() for one in asked)]  # which holds the loop
+        for turns, waits in answers:
+            assert (turns.kind, turns.unseen, waits.unseen) == ("process", "", "")
+            assert ["in run" in turns.stack[0], "in act" in turns.stack[2]] == [True, True]
+            assert "in turns_without_end" in turns.stack[-2]
+            assert "in run" in waits.stack[0]
+            assert waits.stack[-1] == "  line.recv(1)"
+
+
+async def test_of_endless_calls_the_innermost_are_told(
+    orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any
+) -> None:
+    await publish("turn", deep=500)
+    async with Worker(orchestrator, [shop.Acts("jobs")], concurrency=1, drain=0) as worker:
+        await board.next()
+        async with asyncio.timeout(20):
+            while True:
+                [job] = await asyncio.to_thread(worker.running)
+                if "in act" not in "".join(job.stack):  # else it calls on
+                    break
+    assert sum("in turns_without_end" in line for line in job.stack) == 100
+    assert len(job.stack) == 200
+
+
+async def test_of_a_process_that_lets_no_python_run_it_is_said_that_it_does_not_answer(
+    orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any
+) -> None:
+    """Beside one that does, and in bounded time."""
+    await publish("hang")
+    await publish("wait")
+    async with Worker(orchestrator, [shop.Acts("jobs")], concurrency=2, drain=0, cancel_grace=0) as worker:
+        pids = {(await board.next())["pid"], (await board.next())["pid"]}
+        before = time.monotonic()
+        hangs, waits = worker.running()
+        assert time.monotonic() - before < 5
+        assert (hangs.kind, hangs.stack, waits.unseen) == ("process", [], "")
+        assert waits.stack[-1] == "  line.recv(1)"
+        found = re.match(r"its process, pid (\d+), does not answer within 1 s: .*C code", hangs.unseen)
+        assert found is not None
+        assert int(found[1]) in pids
+
+
+async def test_a_process_that_stood_still_answers_again(
+    orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any
+) -> None:
+    await publish("wait")
+    async with Worker(orchestrator, [shop.Acts("jobs")], concurrency=1, drain=0) as worker:
+        pid = (await board.next())["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        assert "does not answer" in worker.running()[0].unseen
+        os.kill(pid, signal.SIGCONT)
+        assert worker.running()[0].stack[-1] == "  line.recv(1)"
+
+
+async def test_a_run_whose_process_is_being_started_says_so(
+    orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await publish("wait")
+    async with Worker(orchestrator, [shop.Waiting("jobs")], concurrency=2, drain=0) as worker:
+        await board.next()
+        monkeypatch.setenv("BOARD", board.path)
+        second = await publish("wait")
+        await board.next()
+        told = [(job.job_id, job.unseen) for job in worker.running() if job.unseen]
+        assert told == [(second, "its process is being started")]
 
 
 # --- children

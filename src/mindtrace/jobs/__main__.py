@@ -2,6 +2,6 @@
 
 import sys
 
-from mindtrace.jobs.cli import main
+from mindtrace.jobs_command import main
 
 sys.exit(main())

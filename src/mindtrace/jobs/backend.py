@@ -133,7 +133,8 @@ NO_OUTAGES: Final = Outages()
 class Receiver(Protocol):
     """Hands out deliveries of its queues and settles them.
 
-    Used from the loop that entered it, except `extend`, `keeper_idle_for` and `outages`: they from any thread.
+    Used from the loop that entered it, except `extend`, `keeper_idle_for`, `is_away` and `outages`: they from any
+    thread.
     """
 
     async def exchange(
@@ -161,6 +162,10 @@ class Receiver(Protocol):
     def keeper_idle_for(self) -> float:
         """Seconds since the loop that keeps its leases last turned, about 1 at most; 0.0 where nothing has to."""
         return 0.0
+
+    def is_away(self) -> bool:
+        """Whether it has lost its broker, and not found it again; as far as it knows without asking."""
+        return False
 
     def outages(self) -> Outages:
         """How often its broker was away, since the backend was opened."""

@@ -36,6 +36,7 @@ class Background:
         self._thread: threading.Thread | None = None
         self._closing: list[Callable[[], Awaitable[None]]] = []
         self._warned = False
+        self._of_parents: list[tuple[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]] = []
 
     def call(self, function: Callable[[], Coroutine[Any, Any, R]]) -> R:
         """Run a coroutine on the loop and wait for it.
@@ -85,7 +86,12 @@ class Background:
         thread.join(max(0.0, until - time.monotonic()))
 
     def forget(self) -> None:
-        """In a forked child: the parent's loop may say that it runs, and never does."""
+        """In a forked child: the parent's loop may say that it runs, and never does.
+
+        Its tasks are kept as they are: collected, each would complain that it has not come to its end.
+        """
+        if self._loop is not None:
+            self._of_parents.append((self._loop, asyncio.all_tasks(self._loop)))
         self._lock, self._portal, self._loop, self._thread = threading.Lock(), None, None, None
         self._closing, self._warned = [], False
 

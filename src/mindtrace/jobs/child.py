@@ -6,6 +6,8 @@ worker's own output goes. A frame is its length in 4 bytes, then a JSON object. 
     worker ──> child    what to make             job                job                 (end: there are no more)
     child ──> worker                 ready           log, done          log, failed                             (end)
 
+Over a second one it is asked where in its code it is: `inquiry`.
+
 The class to import stands in the first frame, which the application's own worker writes; no job names one.
 """
 
@@ -37,6 +39,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 from mindtrace.jobs.consumer import AnyConsumer, CurrentJob, enter_job
 from mindtrace.jobs.delivery import RunError
 from mindtrace.jobs.errors import Discard, JobSignal, Refused, Reject, RetryLater, RunAborted, Snooze, qualified
+from mindtrace.jobs.inquiry import answer
 from mindtrace.jobs.job import as_sent
 from mindtrace.jobs.retry import is_seconds
 
@@ -73,10 +76,10 @@ def packed(frame: Mapping[str, Any]) -> bytes:
     return _framed(to_json(frame))
 
 
-def main(fd: int) -> None:
-    """Serve the worker at the other end of this socket, until it sends no more."""
+def main(jobs: int, asks: int) -> None:
+    """Serve the worker at the other end of these sockets, until it sends no more."""
     _serving.set()
-    line = _Line(fd)
+    line = _Line(jobs, asks)
     _take_no_signals(line)
     out: Any = sys.stdout
     if isinstance(out, io.TextIOWrapper):
@@ -104,11 +107,12 @@ def main(fd: int) -> None:
 
 
 class _Line:
-    """The socket to the worker. Once `watch` runs, it is the only one who reads."""
+    """The sockets to the worker. Once `watch` runs, it is the only one who reads."""
 
-    def __init__(self, fd: int) -> None:
-        os.set_inheritable(fd, False)  # what user code starts must not hold it open
-        self._socket = socket.socket(fileno=fd)
+    def __init__(self, jobs: int, asks: int) -> None:
+        for fd in (jobs, asks):
+            os.set_inheritable(fd, False)  # what user code starts must not hold it open
+        self._socket, self._asks = socket.socket(fileno=jobs), socket.socket(fileno=asks)
         self._jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._sending, self._turning = threading.Lock(), threading.Lock()
         self._busy = True  # with the imports
@@ -116,6 +120,7 @@ class _Line:
 
     def close(self) -> None:
         self._socket.close()
+        self._asks.close()
 
     def send(self, frame: bytes) -> None:
         with self._sending, suppress(OSError):  # the worker is gone: `watch` knows what to do
@@ -145,14 +150,19 @@ class _Line:
         """Read jobs until the worker sends no more, or is gone: then this process must not outlive it.
 
         In the middle of a job it ends at once, with all that the job has started. Without one it has a moment to end in
-        good order.
+        good order. Whoever asks meanwhile is told where the main thread is, which runs the user's code.
         """
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+        poll, jobs, asks = select.poll(), self._socket.fileno(), self._asks.fileno()
+        poll.register(jobs, select.POLLIN)
+        poll.register(asks, select.POLLIN)
+        main = threading.main_thread().ident or 0
         while True:
-            # A process that the worker forked may hold the other end open: so the parent is looked at as well. (Linux
-            # could kill this one when the parent dies, but that would leave behind what a job has started.)
-            if not poll.poll(_LOOK * 1000):
+            ready = {fd for fd, _ in poll.poll(_LOOK * 1000)}
+            if asks in ready and not answer(self._asks, main):
+                poll.unregister(asks)
+            if jobs not in ready:
+                # A process that the worker forked may hold the other end open: so the parent is looked at as well.
+                # (Linux could kill this one when the parent dies, but that would leave what a job has started.)
                 if os.getppid() != worker:
                     break
                 continue
@@ -214,7 +224,9 @@ class _Runner:
         try:
             returned = contextvars.copy_context().run(self._call, job, data)
         except BaseException as error:  # user code; it becomes a settlement in the worker
-            leaves = isinstance(error, SystemExit | KeyboardInterrupt)
+            if isinstance(error, MemoryError):
+                traceback.clear_frames(error.__traceback__)  # memory is full of what they hold: nothing could be told
+            leaves = isinstance(error, SystemExit | KeyboardInterrupt | MemoryError)
             return self._told(error, leaves), leaves
         return _written(returned), False
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from math import inf
 from typing import Any, cast
@@ -19,9 +19,10 @@ from pydantic_core import from_json
 from mindtrace.jobs.child import LARGEST, SIGNALS, Unwritable, packed
 from mindtrace.jobs.consumer import AnyConsumer, CurrentJob, enter_job, main_file
 from mindtrace.jobs.errors import Refused, RetryLater, RunFailed, Snooze
+from mindtrace.jobs.inquiry import Asked
 from mindtrace.jobs.memory import resident
 
-_BOOT = "import sys; sys.path[:] = sys.argv[2:]; from mindtrace.jobs.child import main; main(int(sys.argv[1]))"
+_BOOT = "import sys; sys.path[:] = sys.argv[3:]; from mindtrace.jobs.child import main; main(*map(int, sys.argv[1:3]))"
 
 
 class Child(asyncio.Protocol):
@@ -39,6 +40,7 @@ class Child(asyncio.Protocol):
     Attributes:
         consumer: whose jobs.
         process: which runs them.
+        asked: where in its code it is.
         jobs: how many it was given.
         why: it was killed, or broken off; empty for no reason of ours.
         ended: done once its socket is closed.
@@ -47,14 +49,12 @@ class Child(asyncio.Protocol):
     def __init__(self, consumer: AnyConsumer[Any, Any]) -> None:
         loop = asyncio.get_running_loop()
         self.consumer: AnyConsumer[Any, Any] = consumer
-        self._socket, theirs = socket.socketpair()
-        try:
-            self.process: subprocess.Popen[bytes] = _spawned(theirs.fileno())
-        except OSError:
-            self._socket.close()
-            raise
-        finally:
-            theirs.close()
+        with ExitStack() as ours, ExitStack() as theirs:
+            self._socket, jobs = _pair(ours, theirs)
+            asking, asks = _pair(ours, theirs)
+            self.process: subprocess.Popen[bytes] = _spawned(jobs.fileno(), asks.fileno())
+            ours.pop_all()
+        self.asked: Asked = Asked(asking)
         self.jobs: int = 0
         self.why: str = ""
         self.ended: asyncio.Future[None] = loop.create_future()  # its socket is
@@ -96,6 +96,7 @@ class Child(asyncio.Protocol):
         if self.process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+        self.asked.close()
         if self._transport is None:
             self._socket.close()
         else:
@@ -184,7 +185,12 @@ class Child(asyncio.Protocol):
         self.kill()
 
 
-def _spawned(fd: int) -> "subprocess.Popen[bytes]":
+def _pair(ours: ExitStack, theirs: ExitStack) -> tuple[socket.socket, socket.socket]:
+    one, other = socket.socketpair()
+    return ours.enter_context(one), theirs.enter_context(other)
+
+
+def _spawned(*fds: int) -> "subprocess.Popen[bytes]":
     flags = {
         "O": sys.flags.optimize, "B": sys.flags.dont_write_bytecode, "I": sys.flags.isolated,
         "E": sys.flags.ignore_environment, "s": sys.flags.no_user_site,
@@ -193,9 +199,9 @@ def _spawned(fd: int) -> "subprocess.Popen[bytes]":
     options += [f"-W{option}" for option in sys.warnoptions]
     paths = [str(path) for path in sys.path]
     return subprocess.Popen(  # noqa: S603 (this very interpreter)
-        [sys.executable, *options, "-c", _BOOT, str(fd), *paths],
+        [sys.executable, *options, "-c", _BOOT, *map(str, fds), *paths],
         stdin=subprocess.DEVNULL,
-        pass_fds=[fd],
+        pass_fds=fds,
         start_new_session=True,
     )
 

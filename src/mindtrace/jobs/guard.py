@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mindtrace.jobs.health import LONGEST_LAG
-from mindtrace.jobs.running import stack_of_thread
 from mindtrace.jobs.runs import Run, about
+from mindtrace.jobs.stacks import stack_of_thread
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ class Health:
     """How a worker is, at one moment.
 
     Attributes:
-        connected: the last exchange reached the broker; False before the first one, and after the end.
+        connected: the last exchange reached the broker, and the connection is not lost; False before the first one, and
+            after the end.
         idle_for: seconds since the receive loop last turned, without those that it may wait for a job or an answer.
         lag: seconds for which the event loop stands still, or did when it was last looked at.
         running: jobs that are being run.
@@ -67,6 +68,10 @@ class Pulse:
     def waits(self, seconds: float) -> None:
         """It turns, and then not again for up to so many seconds."""
         self._asked, self._due = None, time.monotonic() + seconds
+
+    def looks(self) -> None:
+        """It looks for the broker, which may take as long as any answer."""
+        self.waits(self._lease)
 
     def asks(self, settles: bool, wait: float) -> None:
         """An exchange begins."""

@@ -78,7 +78,7 @@ class Processes:
             starting.result()
 
     async def run(
-        self, consumer: AnyConsumer[Any, Any], job: CurrentJob, data: Any, begun: Callable[[], None]
+        self, consumer: AnyConsumer[Any, Any], job: CurrentJob, data: Any, begun: Callable[[Child], None]
     ) -> object:
         """Run a job in a child; cancelled, the child is killed.
 
@@ -86,7 +86,7 @@ class Processes:
             consumer: whose method.
             job: what `current_job()` gives there.
             data: what the method takes, as JSON values.
-            begun: called when a child is there, and its time begins.
+            begun: called with the child when it is there, and the time of the run begins.
 
         Returns:
             what the method returned, as JSON values; or `Unwritable`.
@@ -103,7 +103,7 @@ class Processes:
         except _NotStarted as error:
             _log.error("%s; the job is put off", error)
             raise Snooze(_AGAIN_AFTER, str(error)) from None
-        begun()
+        begun(child)
         try:
             answer = await child.perform(job, data)
         except BaseException:

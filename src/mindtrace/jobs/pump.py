@@ -93,6 +93,7 @@ class Pump:
         self._extra = {"worker": worker}
         self._taken = 0
         self._backend, self._outages = backend, NO_OUTAGES
+        self._failing_since: float | None = None  # on the monotonic clock
         self._began = self._weighed = time.monotonic()
 
     async def run(self, receiver: Receiver) -> None:
@@ -154,12 +155,12 @@ class Pump:
             except BackendUnavailable as error:
                 failures += 1
                 self.pulse.failed()
-                _log.warning("worker %s: %s", self._worker, error, extra=self._extra)
+                self._note_failure(error)
                 await asyncio.sleep(self._random.uniform(0.1, min(LONGEST_PAUSE, 0.2 * 2 ** min(failures, 6))))
                 continue
             failures = 0
             self.pulse.answered()
-            self._look_for_outages(receiver)
+            self._note_answer(receiver)
             refused = 0
             if exchanged.deliveries:
                 refused = await self._begin(receiver, exchanged.deliveries)
@@ -175,10 +176,19 @@ class Pump:
             if options.until_idle and looked and self.runs.all_given_up():
                 self._drain()  # there was room for a job, and there was none
 
-    def _look_for_outages(self, receiver: Receiver) -> None:
+    def _note_failure(self, error: BackendUnavailable) -> None:
+        """Once for all tries until there is an answer: an outage may last for days."""
+        level = logging.WARNING if self._failing_since is None else logging.DEBUG
+        _log.log(level, "worker %s: %s", self._worker, error, extra=self._extra)
+        self._failing_since = self._failing_since or time.monotonic()
+
+    def _note_answer(self, receiver: Receiver) -> None:
         before, self._outages = self._outages, receiver.outages()
+        since, self._failing_since = self._failing_since, None
         if self._outages is not before:
             self.accounts.reconnected(self._backend, self._outages.seconds - before.seconds)
+        elif since is not None:  # a connection that had never been up
+            self.accounts.reconnected(self._backend, time.monotonic() - since)
 
     def _is_spent(self) -> bool:
         """Whether it has done what a worker is to do in its life, so that it is time for a new one."""

@@ -1,5 +1,6 @@
 """Which consumer runs a delivery, with what input, policy and time, and what its result has to be."""
 
+import difflib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -112,6 +113,28 @@ def queue_of(orchestrator: AsyncOrchestrator, consumer: AnyConsumer[Any, Any]) -
     """Where its jobs come from: its schema's queue, or that of its name."""
     schema = orchestrator.schemas.get(consumer.job_type_name) or consumer.schema()
     return consumer.job_type_name if schema is None else schema.queue
+
+
+def taking_from(
+    queues: Sequence[str], consumers: Sequence[AnyConsumer[Any, Any]], orchestrator: AsyncOrchestrator
+) -> tuple[AnyConsumer[Any, Any], ...]:
+    """Those of the consumers that take from these queues.
+
+    Raises:
+        ConfigError: none takes from one of them; the text says which was probably meant.
+    """
+    wanted = [queues] if isinstance(queues, str) else list(queues)
+    by_queue = [(queue_of(orchestrator, one), one) for one in consumers]
+    known = sorted({queue for queue, _ in by_queue})
+    said = f"this worker takes from {', '.join(map(repr, known))}"
+    if not wanted:
+        raise ConfigError(f"queues={queues!r}: name at least one; {said}")
+    for queue in wanted:
+        if queue not in known:
+            near = difflib.get_close_matches(queue, known, n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"no consumer takes from the queue {queue!r}: {meant}{said}")
+    return tuple(one for queue, one in by_queue if queue in wanted)
 
 
 class Routes:

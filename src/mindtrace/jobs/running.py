@@ -1,19 +1,15 @@
 """`RunningJob`: what a job is doing at this moment, down to the line of the user's code."""
 
 import asyncio
-import sys
 import time
-import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
-from mindtrace.jobs import runs
+from mindtrace.jobs.inquiry import ANSWER_WITHIN, stacks_told
 from mindtrace.jobs.job import JobId
 from mindtrace.jobs.runs import Run
-
-_WAY_THERE = {runs.__file__, asyncio.events.__file__}
+from mindtrace.jobs.stacks import stack_of_coroutine, stack_of_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +23,9 @@ class RunningJob:
         attempt: which start this is, from 1.
         seconds: since it began.
         kind: where it runs.
-        stack: lines as in a traceback, outermost call first, from the user's code on; empty where it cannot be seen, as
-            in a process of its own. Source lines only, no values.
+        stack: lines as in a traceback, outermost call first, from the user's code on, the innermost 100 calls; empty
+            where it cannot be seen. Source lines only, no values.
+        unseen: why a process of its own has told no stack; else empty.
     """
 
     job_id: JobId
@@ -38,10 +35,11 @@ class RunningJob:
     seconds: float
     kind: Literal["coroutine", "thread", "process"]
     stack: list[str]
+    unseen: str = ""
 
 
 def running_jobs(in_flight: Iterable[Run], loop: asyncio.AbstractEventLoop, loop_thread: int) -> list[RunningJob]:
-    """A snapshot of these runs, the oldest first; from any thread.
+    """A snapshot of these runs, the oldest first; from any thread. Processes are asked, and have a second to answer.
 
     Args:
         in_flight: of one worker.
@@ -49,14 +47,27 @@ def running_jobs(in_flight: Iterable[Run], loop: asyncio.AbstractEventLoop, loop
         loop_thread: the thread in which that runs.
     """
     now, turning = time.monotonic(), asyncio.current_task(loop)
+    runs = sorted(in_flight, key=lambda run: run.started)
+    children = {run: run.child for run in runs if run.child is not None}
+    told = stacks_told({run: child.asked for run, child in children.items()})
     found: list[RunningJob] = []
-    for run in sorted(in_flight, key=lambda run: run.started):
-        job, kind, stack = run.job, _kind_of(run), list[str]()
-        if kind == "thread" and run.thread_id is not None:
+    for run in runs:
+        job, kind, stack, unseen = run.job, _kind_of(run), list[str](), ""
+        seconds = now - run.started
+        if kind == "process":
+            stack = told.get(run, [])
+            if run not in children:
+                unseen = "its process is being started"
+            elif run not in told:
+                unseen = (
+                    f"its process, pid {children[run].process.pid}, does not answer within {ANSWER_WITHIN:g} s: it may "
+                    "be in C code that lets no Python run, or stand still"
+                )
+        elif kind == "thread" and run.thread_id is not None:
             stack = stack_of_thread(run.thread_id)
         elif kind == "coroutine" and run.task is not None:
-            stack = stack_of_thread(loop_thread) if run.task is turning else _stack_of_coroutine(run.task.get_coro())
-        found.append(RunningJob(job.id, job.queue, job.schema_name, job.attempt, now - run.started, kind, stack))
+            stack = stack_of_thread(loop_thread) if run.task is turning else stack_of_coroutine(run.task.get_coro())
+        found.append(RunningJob(job.id, job.queue, job.schema_name, job.attempt, seconds, kind, stack, unseen))
     return found
 
 
@@ -64,39 +75,3 @@ def _kind_of(run: Run) -> Literal["coroutine", "thread", "process"]:
     if run.route.consumer.executor == "process":
         return "process"
     return "coroutine" if run.thread is None else "thread"
-
-
-def stack_of_thread(thread: int) -> list[str]:
-    """Where a thread is, as `RunningJob.stack` has it."""
-    # The documented way, whatever its name begins with.
-    frame = sys._current_frames().get(thread)  # pyright: ignore[reportPrivateUsage]
-    return [] if frame is None else _lines(traceback.extract_stack(frame))
-
-
-def _stack_of_coroutine(coroutine: Any) -> list[str]:
-    """From what the task runs down to what it waits for: a suspended frame does not know its caller, but its callee."""
-    frames: list[FrameType] = []
-    while coroutine is not None:
-        for kind in ("cr", "gi", "ag"):
-            frame = getattr(coroutine, f"{kind}_frame", None)
-            if frame is not None:
-                frames.append(frame)
-                coroutine = getattr(coroutine, "gi_yieldfrom" if kind == "gi" else f"{kind}_await", None)
-                break
-        else:
-            break
-    return _lines(traceback.StackSummary.extract((frame, frame.f_lineno or 0) for frame in frames))
-
-
-def _lines(stack: traceback.StackSummary) -> list[str]:
-    """Without what lies above the user's code: the interpreter's, asyncio's and our own way there."""
-    begins = 0
-    for depth, frame in enumerate(stack):
-        if frame.filename in _WAY_THERE:
-            begins = depth + 1
-    lines: list[str] = []
-    for frame in stack[begins:] or stack:
-        lines.append(f'File "{frame.filename}", line {frame.lineno}, in {frame.name}')
-        if frame.line:
-            lines.append(f"  {frame.line}")
-    return lines

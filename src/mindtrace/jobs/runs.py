@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any, Literal
 
+from mindtrace.jobs.children import Child
 from mindtrace.jobs.consumer import CurrentJob, enter_job
 from mindtrace.jobs.delivery import Dead, Delivery, Done, Release, Retry, Settlement
 from mindtrace.jobs.errors import JobSignal, Refused, RunAborted, RunCrashed, RunFailed, RunTimeout, UnknownSchema
@@ -44,10 +45,11 @@ class Run:
         settled: its settlement is decided; what the run does from now on changes nothing.
         ended: the user's code has returned, or is a thread that nobody waits for any more.
         thread_id: of the thread in which the user's code is at this moment.
+        child: the process in which it is.
     """
 
     __slots__ = (
-        "begun", "cause", "delivery", "ended", "ended_at", "envelope", "job", "route",
+        "begun", "cause", "child", "delivery", "ended", "ended_at", "envelope", "job", "route",
         "settled", "started", "stuck", "task", "thread", "thread_id", "timeout",
     )  # fmt: skip
 
@@ -69,6 +71,7 @@ class Run:
         self.timeout: float = route.timeout_for(envelope)
         self.task: asyncio.Task[None] | None = None
         self.thread_id: int | None = None
+        self.child: Child | None = None
         self.thread: asyncio.Future[Outcome] | None = None
         self.cause: Literal["timeout", "stop", "lost"] | None = None
         self.begun: bool = False
@@ -87,7 +90,7 @@ class Run:
         route = self.route
         if route.consumer.executor == "process":
             sent = route.input_sent(self.envelope, self.delivery.attempt)
-            result = await processes.run(route.consumer, self.job, sent, lambda: begun(self))
+            result = await self._in_process(processes, sent, begun)
             route.check_output(self.envelope, result, sent=True)
             return _DONE
         begun(self)
@@ -107,6 +110,16 @@ class Run:
                 returned = await returned
         route.check_output(self.envelope, returned)
         return _DONE
+
+    async def _in_process(self, processes: Processes, sent: Any, begun: "Callable[[Run], None]") -> object:
+        def has_begun(child: Child) -> None:
+            self.child = child
+            begun(self)
+
+        try:
+            return await processes.run(self.route.consumer, self.job, sent, has_begun)
+        finally:
+            self.child = None
 
     def _in_thread(self, data: Any) -> Any:
         self.thread_id = threading.get_ident()

@@ -1,7 +1,6 @@
 """`Worker`: receive, run, settle, until told to stop."""
 
 import asyncio
-import difflib
 import logging
 import math
 import os
@@ -16,18 +15,19 @@ from types import EllipsisType
 from typing import Any, Literal, Self
 
 from mindtrace.jobs.ahead import Ahead
+from mindtrace.jobs.arrival import arrive
 from mindtrace.jobs.backend import Receiver
 from mindtrace.jobs.consumer import AnyConsumer
-from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Closed, ConfigError, RunAborted
+from mindtrace.jobs.errors import Closed, ConfigError, RunAborted
 from mindtrace.jobs.events import Listener
 from mindtrace.jobs.guard import LoopGuard
 from mindtrace.jobs.health import Health
 from mindtrace.jobs.options import WorkerOptions
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.processes import Processes
-from mindtrace.jobs.pump import LONGEST_PAUSE, Pump
+from mindtrace.jobs.pump import Pump
 from mindtrace.jobs.retry import RetryPolicy
-from mindtrace.jobs.routes import Routes, queue_of
+from mindtrace.jobs.routes import Routes, queue_of, taking_from
 from mindtrace.jobs.running import RunningJob, running_jobs
 from mindtrace.jobs.threads import BlockingRuns, ThreadPool
 
@@ -233,7 +233,7 @@ class Worker:
         """
         if self._main is not None:
             raise Closed("a worker is configured before it runs: this one has begun")
-        consumers = self._consumers if queues is None else self._consumers_of(queues)
+        consumers = self._consumers if queues is None else taking_from(queues, self._consumers, self.orchestrator)
         given: dict[str, Any] = {
             "concurrency": concurrency,
             "max_jobs": max_jobs,
@@ -249,20 +249,6 @@ class Worker:
         self._options = replace(self._options, listeners=(*self._options.listeners, *listeners), **changed)
         self._consumers = consumers
         self._assemble()
-
-    def _consumers_of(self, queues: Sequence[str]) -> tuple[AnyConsumer[Any, Any], ...]:
-        wanted = [queues] if isinstance(queues, str) else list(queues)
-        by_queue = [(queue_of(self.orchestrator, one), one) for one in self._consumers]
-        known = sorted({queue for queue, _ in by_queue})
-        said = f"this worker takes from {', '.join(map(repr, known))}"
-        if not wanted:
-            raise ConfigError(f"queues={queues!r}: name at least one; {said}")
-        for queue in wanted:
-            if queue not in known:
-                near = difflib.get_close_matches(queue, known, n=1)
-                meant = f"did you mean {near[0]!r}? " if near else ""
-                raise ConfigError(f"no consumer takes from the queue {queue!r}: {meant}{said}")
-        return tuple(one for queue, one in by_queue if queue in wanted)
 
     async def run(self) -> int:
         """Run until stopped, by `stop()`, a signal, `until_idle` or one of the `max_` options; once.
@@ -337,7 +323,7 @@ class Worker:
         pump, guard = self._pump, self._guard
         receiver = pump.receiver
         return Health(
-            connected=pump.pulse.connected,
+            connected=pump.pulse.connected and not (receiver is not None and receiver.is_away()),
             idle_for=pump.pulse.idle_for,
             lag=0.0 if guard is None else guard.lag,
             running=len(pump.runs),
@@ -350,7 +336,8 @@ class Worker:
     def running(self) -> list[RunningJob]:
         """What it runs at this moment and where in the code that is, the oldest first. From any thread.
 
-        For whoever looks into a worker that is alive and does not get on; also from a signal handler.
+        For whoever looks into a worker that is alive and does not get on; also from a signal handler. Processes that do
+        not answer are waited for, a second in all.
         """
         guard = self._guard
         return [] if guard is None else running_jobs(self._pump.runs.in_flight(), guard.loop, guard.loop_thread)
@@ -371,7 +358,14 @@ class Worker:
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self._processes.aclose)
                 await self._processes.open(self._consumers, self.concurrency, self._stop_asked)
-                receiver = await self._arrive(stack)
+                receiver = await arrive(
+                    lambda: self._receive(stack),
+                    lambda: self._connect(stack),
+                    worker=self.name,
+                    pulse=self._pump.pulse,
+                    random=self._random,
+                    stopped=self._stop_asked,
+                )
                 if receiver is None:
                     return
                 self._log_start()
@@ -386,42 +380,23 @@ class Worker:
         if self._fatal is not None:
             raise self._fatal
 
-    async def _arrive(self, stack: AsyncExitStack) -> Receiver | None:
-        """Find or declare the queues, and receive from them; waits for a broker that is not there. None: stopped."""
+    async def _receive(self, stack: AsyncExitStack) -> Receiver:
         options = self._options
-        while True:
-            self._pump.pulse.waits(options.lease)  # as long as for any answer
-            try:
-                await self._routes.lay()
-                return await stack.enter_async_context(
-                    self.orchestrator.backend.receiver(
-                        self._routes.queues,
-                        slots=max(options.concurrency + self._ahead.most, options.prefetch),
-                        lease=options.lease,
-                        crash_limit=self._routes.crash_limit,
-                        strict=options.strict,
-                        lost=self._pump.lose,
-                    )
-                )
-            except AuthenticationFailed:
-                raise
-            except (Closed, BackendUnavailable) as error:
-                try:
-                    if isinstance(error, Closed):
-                        await self.orchestrator.open()
-                        stack.push_async_callback(self.orchestrator.aclose)
-                        continue
-                except AuthenticationFailed:
-                    raise
-                except BackendUnavailable as still:
-                    error = still
-                self._pump.pulse.failed()
-                _log.warning("worker %s: %s; trying on", self.name, error, extra={"worker": self.name})
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._random.uniform(0.1, LONGEST_PAUSE)):
-                    await self._stop_asked.wait()
-            if self._stop_asked.is_set():
-                return None
+        await self._routes.lay()
+        return await stack.enter_async_context(
+            self.orchestrator.backend.receiver(
+                self._routes.queues,
+                slots=max(options.concurrency + self._ahead.most, options.prefetch),
+                lease=options.lease,
+                crash_limit=self._routes.crash_limit,
+                strict=options.strict,
+                lost=self._pump.lose,
+            )
+        )
+
+    async def _connect(self, stack: AsyncExitStack) -> None:
+        await self.orchestrator.open()
+        stack.push_async_callback(self.orchestrator.aclose)
 
     # --- the end
 

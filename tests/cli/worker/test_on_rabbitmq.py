@@ -44,10 +44,11 @@ def test_a_server_that_is_not_there_is_said_by_us_and_not_by_the_driver(
         assert "transport" not in "\n".join(worker.err.all())
 
 
-def test_a_refused_login_is_one_line(rabbitmq_url: str, site_on: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize("words", [[], ["--processes", "2"]], ids=["one", "several"])
+def test_a_refused_login_is_one_line(rabbitmq_url: str, site_on: Callable[[str], Any], words: list[str]) -> None:
     site = site_on(re.sub("//[^@]*@", "//nobody:canary@", rabbitmq_url))
-    worker = site.start("app:worker")
+    worker = site.start("app:worker", *words)
     assert worker.status() == 4
     lines = worker.err.all()
     assert ["refuses" in line or "REFUSED" in line for line in lines] == [False] * (len(lines) - 1) + [True]
-    assert "canary" not in "\n".join(lines)
+    assert not any("canary" in line or "ERROR" in line or "cannot start" in line for line in lines)

@@ -1,11 +1,14 @@
 """`worker --processes N`: what the supervisor does when its processes end, and what they do when it does."""
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from mindtrace.jobs.testing.brokers import Broker
 
 pytestmark = pytest.mark.redis
 
@@ -49,6 +52,15 @@ def test_a_killed_process_is_replaced_and_all_drain_together(
     assert sum("ends" in line for line in command.out.all()) == 1
 
 
+def test_ctrl_c_while_they_import_the_application_ends_them_without_a_word(site: Any) -> None:
+    site.write("from app import *\nsay('imports')\ntime.sleep(60)", "slow.py")
+    command = site.start("slow:worker", "--processes", "1")
+    command.out.until("imports")
+    command.ctrl_c()
+    assert command.status(within=5) == 0
+    assert "supervisor: SIGINT, all drain" in command.err.all()[-1]
+
+
 def test_the_second_and_the_third_signal_reach_all(site: Any, until: Callable[..., None]) -> None:
     site.publish(1, gate=str(site.gate()))
     site.publish(1, blocks=60)
@@ -75,6 +87,22 @@ def test_processes_end_with_a_supervisor_that_is_killed(site: Any, until: Callab
     site.gate().touch()
     until(lambda: not is_there(pid))
     assert (site.depth().ready, site.depth().leased) == (0, 0)
+
+
+@pytest.mark.chaos
+def test_a_login_that_is_refused_to_all_is_one_line(server: Broker, site_on: Callable[[str], Any]) -> None:
+    """Also where all have been started, since the broker was not there: the first that is refused says it for all."""
+    server.kill()
+    site = site_on(server.url.replace("//", "//:canary@"))
+    at_once = "from mindtrace.jobs.cli import supervisor; supervisor._FIRST_ALONE = 0.1"
+    command = site.start("app:worker", "--processes", "2", python=at_once)
+    for _ in range(2):
+        command.err.until("WARNING no Redis at .*; trying on")
+    server.restart()
+    assert command.status() == 4
+    *before, last = command.err.all()
+    assert re.match(r"mindtrace-jobs: Redis at redis://127\.0\.0\.1:\d+/0 refuses the login: ", last)
+    assert not any(re.search("canary|refuses|ERROR|cannot start|mindtrace-jobs: ", line) for line in before)
 
 
 @pytest.mark.chaos
@@ -117,6 +145,23 @@ def test_hangup_replaces_a_process_once_the_new_one_is_ready_and_not_by_one_that
     assert not is_there(old)
     command.send(signal.SIGTERM)
     assert command.status() == 0
+
+
+@pytest.mark.chaos
+def test_a_first_signal_in_a_rolling_restart_cancels_nothing(site: Any) -> None:
+    """The one that is replaced drains already, and has the time for it that it was given."""
+    site.publish(gate=str(site.gate()))
+    command = site.start("app:worker", "--processes", "1")
+    command.err.until("^supervisor +1 process, pid")
+    begun_by(command, 1)
+    command.send(signal.SIGHUP)
+    command.err.until("SIGTERM: draining, 1 running")
+    command.send(signal.SIGINT)
+    command.err.until("SIGINT: draining, 0 running")  # the new one
+    site.gate().touch()
+    command.out.until("ends 1")
+    assert command.status() == 0
+    assert not any("again" in line for line in command.err.all())
 
 
 def test_a_process_that_has_run_its_jobs_is_replaced_and_one_that_crashes_is_not_hurried(site: Any) -> None:

@@ -109,6 +109,41 @@ def test_a_blocked_loop_keeps_nobody_from_seeing_why_or_from_ending_it(site: Any
     assert worker.status(within=5) == -signal.SIGTERM
 
 
+def test_a_job_in_a_process_of_its_own_is_listed_with_its_stack_or_with_why_there_is_none(site: Any) -> None:
+    site.write(
+        """
+from app import *
+from mindtrace.jobs import Consumer
+
+class Works(Consumer):
+    executor = "process"
+    def run(self, job_dict):
+        say("begins")
+        time.sleep(60)  # the line where it is
+
+worker = Worker(an_orchestrator(), [Works("jobs")], drain=0, cancel_grace=0)
+""",
+        "own.py",
+    )
+    [job_id] = site.publish()
+    worker = site.start("own:worker")
+    pid = int(worker.out.until(r"^(\d+) begins$")[1])
+    worker.send(signal.SIGUSR1)
+    worker.err.until(f"^job {job_id} of queue jobs, schema jobs, attempt 1, process, ")
+    worker.err.until(r'^  File ".*own.py", line \d+, in run$')
+    worker.err.until(r"^    time\.sleep\(60\)  # the line where it is$")
+    worker.err.until("^1 running$")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        worker.send(signal.SIGUSR1)
+        worker.err.until(f"^  its process, pid {pid}, does not answer within 1 s")
+        worker.err.until("^1 running$")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    worker.send(signal.SIGTERM)
+    assert worker.status() == 1
+
+
 def test_what_the_application_leaves_behind_does_not_keep_the_process(site: Any) -> None:
     """A task that swallows its cancellation, a thread that never returns."""
     site.write(
@@ -200,7 +235,9 @@ BROKEN = {
     "no application": ([], 2, "no application is named"),
     "no such queue": (["app:worker", "-q", "job"], 2, "did you mean 'jobs'"),
     "local, several": (["local:worker", "--processes", "2"], 2, "--processes is not supported on local"),
-    "import, several": (["broken:worker", "--processes", "2"], 3, "ZeroDivisionError"),
+    "import, several": (["broken:worker", "--processes", "2"], 3, "broken:worker: ZeroDivisionError"),
+    "no such module, several": (["ap:worker", "--processes", "2"], 3, "ap:worker: there is no module 'ap' in"),
+    "no such object, several": (["app:work", "--processes", "2"], 2, "there is no 'work': did you mean 'worker'"),
     "reload, several": (["app:worker", "--processes", "2", "--reload"], 2, "--reload"),
 }
 
@@ -211,16 +248,20 @@ def test_what_is_wrong_is_one_line_and_a_status(site: Any, words: list[str], sta
     site.write(LOCAL, "local.py")
     worker = site.start(*words)
     assert worker.status() == status
-    lines = [line for line in worker.err.all() if re.match("mindtrace-jobs( worker)?: ", line)]
-    assert len(lines) == 1
-    assert said in lines[0]
-    assert "Traceback" not in "\n".join(worker.err.all())
+    [*before, last] = worker.err.all()
+    assert re.match("mindtrace-jobs( worker)?: ", last)
+    assert said in last
+    assert [line for line in before if not re.match(r"\S+  +\S|\S+ \[\d+\] INFO ", line)] == []  # the banner
 
 
 @pytest.mark.parametrize(
     ("words", "module", "extra"),
-    [(["--loop", "uvloop"], "uvloop", "uvloop"), (["--reload"], "watchfiles", "reload")],
-    ids=["uvloop", "reload"],
+    [
+        (["--loop", "uvloop"], "uvloop", "uvloop"),
+        (["--loop", "uvloop", "--processes", "2"], "uvloop", "uvloop"),
+        (["--reload"], "watchfiles", "reload"),
+    ],
+    ids=["uvloop", "uvloop, several", "reload"],
 )
 def test_a_missing_extra_is_named_with_the_command_that_brings_it(
     site: Any, words: list[str], module: str, extra: str
@@ -362,9 +403,9 @@ def test_a_changed_source_file_starts_it_again_and_nobody_waits_for_what_runs(
     until(lambda: probe(port, "/readyz")[0] == 200)
     changed = time.monotonic()
     site.write("1 / 0", "app.py")
-    worker.err.until("changed: app.py")
-    worker.err.until("ZeroDivisionError")
-    worker.err.until("started again once a file has changed")
+    worker.err.until("INFO +changed: app.py$")
+    why = r"exit status 3: app:worker: ZeroDivisionError: division by zero \(app.py:1\)"
+    worker.err.until(rf"WARNING the worker has ended \({why}\): started again once a file has changed$")
     assert (probe(port, "/livez")[0], probe(port, "/readyz")[0]) == (200, 503)
     assert time.monotonic() - changed < 15
     site.gate().touch()
@@ -374,3 +415,4 @@ def test_a_changed_source_file_starts_it_again_and_nobody_waits_for_what_runs(
     worker.send(signal.SIGINT)
     assert worker.status() == 0
     assert job_id in "\n".join(worker.err.all())
+    assert "detected" not in "\n".join(worker.err.all())  # by whom it is told of changes

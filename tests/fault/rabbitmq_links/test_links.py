@@ -48,7 +48,7 @@ async def silent(broker: Broker, opened: Opened, ways: str) -> None:
             [delivery] = await receiver.receive(1, wait=5.0)
             for way in ways.split():
                 getattr(proxy, way).black_hole()
-            async with asyncio.timeout(3 * (HEARTBEAT + 1)):
+            async with asyncio.timeout(3 * HEARTBEAT + 2):
                 assert await lost is delivery
             assert delivery.lost
             assert [type(one) for one in await receiver.settle([(delivery, Done())])] == [LeaseLost]

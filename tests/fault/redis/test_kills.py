@@ -215,11 +215,11 @@ async def test_a_poison_job_is_started_as_often_as_it_may_crash_and_takes_no_oth
             assert await ended == -signal.SIGABRT
             died += 1
 
-    good = [await scene.publish(seconds=0.01) for _ in range(20)]
+    good = [await scene.publish(seconds=0.01) for _ in range(100)]
     poison = await scene.publish(seconds=0.01, poison=True)
-    good += [await scene.publish(seconds=0.01) for _ in range(180)]
+    good += [await scene.publish(seconds=0.01) for _ in range(900)]
     async with asyncio.TaskGroup() as group:
-        keeping = [group.create_task(keep_one_running()) for _ in range(3)]
+        keeping = [group.create_task(keep_one_running()) for _ in range(4)]
         await scene.until_done()
         over.set()
     assert sum(task.result() for task in keeping) == CRASH_LIMIT

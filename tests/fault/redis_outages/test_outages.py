@@ -12,8 +12,10 @@ Working again means that a publish and a receive work, 2 s after the server is b
 """
 
 import asyncio
+import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -552,9 +554,10 @@ async def test_a_worker_that_starts_while_the_server_is_out_of_memory_empties_it
 
 
 async def test_a_server_that_cannot_write_its_disk_stores_nothing_and_what_is_settled_meanwhile_is_not_lost(
-    new_server: NewServer, new_backend: NewBackend, tmp_path: Path
+    new_server: NewServer, new_backend: NewBackend, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """It refuses settlements, too: they wait, as for a server that is not there."""
+    """It refuses settlements, too: they wait, as for a server that is not there. That is said once."""
+    caplog.set_level("WARNING", "mindtrace.jobs")
     (directory := tmp_path / "data").mkdir()
     server = new_server(dir=str(directory), appendonly="no", save="3600 1")
     backend = await new_backend(server)
@@ -571,7 +574,8 @@ async def test_a_server_that_cannot_write_its_disk_stores_nothing_and_what_is_se
         assert "MISCONF" in str(outcome)
         assert server.keys() == before
         settling = asyncio.create_task(receiver.settle([(held[0], Done())]))
-        await asyncio.wait({settling}, timeout=0.5)
+        await asyncio.wait({settling}, timeout=2.0)  # they are sent again every half second
+        assert _warnings(caplog, "Redis at .* cannot write: MISCONF") == 1
         server.say("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
         publish, receive = await until_back(backend, receiver)
         assert max(publish, receive) < BACK_WITHIN
@@ -584,9 +588,10 @@ async def test_a_server_that_cannot_write_its_disk_stores_nothing_and_what_is_se
 
 @pytest.mark.parametrize("stale", ["yes", "no"], ids=["READONLY", "MASTERDOWN"])
 async def test_a_server_that_is_a_replica_for_a_while_fails_no_job(
-    new_server: NewServer, new_backend: NewBackend, stale: str
+    new_server: NewServer, new_backend: NewBackend, caplog: pytest.LogCaptureFixture, stale: str
 ) -> None:
-    """It follows a copy of itself, as after a failover, and is made the master again."""
+    """It follows a copy of itself, as after a failover, and is made the master again. That is said once."""
+    caplog.set_level("WARNING", "mindtrace.jobs")
     quick = {"repl_diskless_sync_delay": "0"}
     server = new_server(replica_serve_stale_data=stale, **quick)
     backend = await new_backend(server)
@@ -613,6 +618,7 @@ async def test_a_server_that_is_a_replica_for_a_while_fails_no_job(
             await asyncio.wait(calls, timeout=1.0)
             assert not any(call.done() for call in calls)
             assert settled.accepted == []
+            assert _warnings(caplog, r"lost Redis .* \(commands\)") == 1
             server.say("REPLICAOF", "NO", "ONE")
             back = time.monotonic()
             ids += await asyncio.gather(*calls)
@@ -623,6 +629,12 @@ async def test_a_server_that_is_a_replica_for_a_while_fails_no_job(
     assert set(gate.attempts) == {1}
     assert settled.lost == []
     assert await backend.depth("jobs") == Depth(0, 0, 0, 0)
+
+
+def _warnings(caplog: pytest.LogCaptureFixture, pattern: str) -> int:
+    """How many there were."""
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return sum(bool(re.search(pattern, text)) for text in said)
 
 
 def _until_in_sync(server: "Server") -> None:

@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Final, Protocol
 
 from mindtrace.jobs.cli import bench, config, dead, demo, dev, publish, queues, status, version, worker
-from mindtrace.jobs.cli.errors import CommandError, Stopped, status_of
+from mindtrace.jobs.cli.errors import CommandError, Relayed, Stopped, Told, status_of
 from mindtrace.jobs.cli.journal import say_record
 from mindtrace.jobs.cli.output import say
 from mindtrace.jobs.cli.parser import Parser
@@ -55,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         application does not import, or an extra is missing; 4 no broker, or it refuses the login; 130 Ctrl-C, 143
         SIGTERM.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it was closed by whoever started us)
-    parser = _parser()
+    _open_what_is_closed()
     settings: Settings | None = None
     is_worker = False
     try:
+        parser = _parser()
         parsed = parser.parse(arguments)
         is_worker = parsed.command == "worker"
         settings = Settings.of_here(vars(parsed), parser.options())
@@ -88,6 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
 
 
+def _open_what_is_closed() -> None:
+    """Whoever started us may have closed some: what is not said to stderr would be said to stdout."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 (for as long as we are)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
 def _parser() -> Parser:
     parser = Parser(prog=_PROGRAM, description="An asyncio-native job queue.")
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {metadata.version(_PROGRAM)}")
@@ -101,8 +108,11 @@ def _explain(error: CommandError | JobsError, settings: Settings | None, *, in_j
         is_verbose = settings is not None and settings[VERBOSE] >= 2
     except CommandError:  # it is what is wrong
         is_verbose = False
-    is_verbose = is_verbose and not isinstance(error, Stopped)
-    if in_json:
+    is_verbose = is_verbose and not isinstance(error, Stopped | Relayed)
+    if isinstance(error, Told):
+        if is_verbose and error.__cause__ is not None:
+            say("".join(traceback.format_exception(error.__cause__)).rstrip())
+    elif in_json:
         say_record(str(error), logging.ERROR, error if is_verbose else None)
     elif is_verbose:
         say("".join(traceback.format_exception(error)).rstrip())

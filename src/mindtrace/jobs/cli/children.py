@@ -84,6 +84,11 @@ class Child:
         """As its own probe would say."""
         return self.report.ready and self.alive and not self.ended.done()
 
+    def how_it_ended(self) -> str:
+        """In words, once it has: `SIGKILL`, `exit status 3: shop:worker: no module named ...`."""
+        why = self.report.failure
+        return f"{described(self.ended.result())}{': ' if why else ''}{why}"
+
     @property
     def was_told_to_end(self) -> bool:
         """Whether it ends since we asked it to."""
@@ -108,7 +113,8 @@ class Child:
         if self.ended.done():
             return
         self._signals.append(number)
-        self.send(number)
+        # SIGTERM ends a process that imports its application without a word; SIGINT would be an exception somewhere.
+        self.send(signal.SIGTERM if self.report.phase == "starting" else number)
         if self._axe is not None:
             self._axe.cancel()
         patience = self.report.leave_within if len(self._signals) == 1 else _HURRY

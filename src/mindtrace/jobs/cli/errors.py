@@ -54,6 +54,31 @@ class Stopped(CommandError):
         super().__init__("interrupted" if number == 2 else "terminated")
 
 
+class Relayed(CommandError):
+    """A process of ours could not go on.
+
+    Args:
+        why: as it told.
+        status: its exit status.
+    """
+
+    def __init__(self, why: str, status: int) -> None:
+        self.status: int = status
+        super().__init__(why)
+
+
+class Told(CommandError):
+    """This process cannot go on, and whoever keeps it has been told why, and says so.
+
+    Args:
+        status: to exit with.
+    """
+
+    def __init__(self, status: int) -> None:
+        self.status: int = status
+        super().__init__("the supervisor has been told why")
+
+
 def status_of(error: CommandError | JobsError) -> int:
     """The exit status that this error stands for."""
     if isinstance(error, CommandError):

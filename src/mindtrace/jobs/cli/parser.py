@@ -1,6 +1,7 @@
 """`Parser`: argparse that takes options, says what was probably meant, and leaves the end of the process to `main`."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -60,7 +61,12 @@ class Parser(argparse.ArgumentParser):
             UsageError: they are wrong; the text says what was probably meant.
             SystemExit: `--help` was asked for, and given.
         """
-        parsed, unknown = self.parse_known_args(words)
+        words = sys.argv[1:] if words is None else words
+        try:
+            parsed, unknown = self.parse_known_args(words)
+        except UsageError:
+            self._check_options(words)  # of two faults the more telling one: what is missing may be what is misspelt
+            raise
         if unknown:
             chosen: Parser = parsed.parser
             word = next((word for word in unknown if word.startswith("-") and word != "-"), unknown[0])
@@ -68,6 +74,16 @@ class Parser(argparse.ArgumentParser):
             kind = "option" if option.startswith("-") and option != "-" else "argument"
             chosen.error(f"there is no {kind} {option!r} here{did_you_mean(option, chosen.option_strings())}")
         return parsed
+
+    def _check_options(self, words: Sequence[str]) -> None:
+        known = self._all_option_strings()
+        for word in words:
+            option = word.partition("=")[0]
+            if option.startswith("--") and option != "--" and option not in known:
+                self.error(f"there is no option {option!r}{did_you_mean(option, known)}")
+
+    def _all_option_strings(self) -> set[str]:
+        return {*self.option_strings(), *(text for one in self._below.values() for text in one._all_option_strings())}
 
     def option_strings(self) -> list[str]:
         """All that begins with a dash here."""

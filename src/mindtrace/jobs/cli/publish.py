@@ -11,6 +11,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from mindtrace.jobs.backend import QueueSpec
 from mindtrace.jobs.cli.errors import FAILED, FINE, CommandError, UsageError, did_you_mean
 from mindtrace.jobs.cli.lines import Lines
 from mindtrace.jobs.cli.output import Progress, counted, document, json_line, say
@@ -117,9 +118,11 @@ class _Template:
             raise InputInvalid(name, field_errors(error)) from None  # the cause would show the values
 
     async def declare(self, reach: Reach) -> None:
-        """Have the schema's own queue, as the application has it when it registers the schema."""
-        if self.schema is not None and self.declares:
+        """Have the queue of the schema, or of a consumer without one, as the application has it when it starts."""
+        if self.declares and self.schema is not None:
             await reach.jobs.register(self.schema)
+        elif self.declares and self.name in reach.untyped:
+            await reach.jobs.backend.declare(QueueSpec(self.name), attach=True)
 
     async def publish(self, reach: Reach, job: Job) -> JobId:
         await self.declare(reach)
@@ -130,8 +133,11 @@ def _template(parsed: argparse.Namespace, reach: Reach) -> _Template:
     schema = reach.schemas.get(parsed.schema)
     if not reach.has_app:
         say("no application is named: the input is not validated (--app MODULE:OBJECT does that)")
+    elif schema is None and parsed.schema in reach.untyped:
+        say(f"the consumer of {parsed.schema!r} has no schema: the input is not validated")
     elif schema is None:
-        raise UsageError(f"the application has no schema {parsed.schema!r}{did_you_mean(parsed.schema, reach.schemas)}")
+        near = did_you_mean(parsed.schema, [*reach.schemas, *reach.untyped])
+        raise UsageError(f"the application has no schema {parsed.schema!r}{near}")
     priority = parsed.priority if parsed.priority is not None or schema is None else schema.priority
     options = {"delay": parsed.delay, "at": parsed.at}
     queue = parsed.queue or (parsed.schema if schema is None else schema.queue)

@@ -32,12 +32,14 @@ class Reach:
         jobs: an open orchestrator.
         schemas: of the application, by name.
         names: the queues that the application names; empty where none is named.
+        untyped: those of them whose consumers have no schema, and take whatever there is.
         has_app: whether one is named.
     """
 
     jobs: AsyncOrchestrator
     schemas: Mapping[str, JobSchema[Any, Any]]
     names: tuple[str, ...] = ()
+    untyped: frozenset[str] = frozenset()
     has_app: bool = False
 
     async def queues(self, asked: Iterable[str] = ()) -> list[str]:
@@ -123,7 +125,7 @@ async def _reached(settings: Settings, app: App | None) -> AsyncGenerator[Reach]
             )
     async with jobs:
         declared = [spec.name for spec in await jobs.queues()]
-        yield Reach(jobs, schemas, tuple(dict.fromkeys([*names, *declared])), True)
+        yield Reach(jobs, schemas, tuple(dict.fromkeys([*names, *declared])), source.untyped, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class _Source:
     jobs: AsyncOrchestrator
     schemas: Mapping[str, JobSchema[Any, Any]]
     names: tuple[str, ...]
+    untyped: frozenset[str] = frozenset()
 
 
 async def _source(app: App) -> _Source:
@@ -144,9 +147,12 @@ async def _source(app: App) -> _Source:
         return _Source(jobs, dict(twin.schemas), tuple(dict.fromkeys(names)))
     jobs = app.orchestrator if isinstance(app, Worker) else app
     schemas, names = dict(jobs.schemas), [schema.queue for schema in jobs.schemas.values()]
+    untyped = set[str]()
     for consumer in app.consumers if isinstance(app, Worker) else ():
         schema = schemas.get(consumer.job_type_name) or consumer.schema()
         if schema is not None:
             schemas[schema.name] = schema
+        else:
+            untyped.add(consumer.job_type_name)
         names.append(consumer.job_type_name if schema is None else schema.queue)
-    return _Source(jobs, schemas, tuple(dict.fromkeys(names)))
+    return _Source(jobs, schemas, tuple(dict.fromkeys(names)), frozenset(untyped))

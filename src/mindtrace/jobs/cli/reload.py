@@ -9,8 +9,8 @@ from pathlib import Path
 
 from watchfiles import PythonFilter, awatch  # pyright: ignore[reportUnknownVariableType] (it names trio, if it is there)
 
-from mindtrace.jobs.cli.children import Child, described
-from mindtrace.jobs.cli.errors import CommandError
+from mindtrace.jobs.cli.children import Child
+from mindtrace.jobs.cli.errors import CommandError, Relayed
 from mindtrace.jobs.probes import State
 
 _log = logging.getLogger(__name__)
@@ -65,8 +65,11 @@ class Reloader:
             if child.ended.done():
                 status = child.ended.result()
                 if self._signals or status in (0, 1):
+                    if child.report.failure:
+                        raise Relayed(child.report.failure, status)
                     return 0 if status < 0 and not child.was_ready else status
-                _log.warning("the worker has ended (%s): started again once a file has changed", described(status))
+                how = child.how_it_ended()
+                _log.warning("the worker has ended (%s): started again once a file has changed", how)
                 over = asyncio.create_task(self._over.wait())
                 await self._change_or(over)
                 if over.done():
@@ -87,6 +90,7 @@ class Reloader:
 
     async def _watch(self) -> None:
         _log.info("watching %s", self._here)
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it counts the changes that we name
         try:
             async for changes in awatch(self._here, watch_filter=PythonFilter(), stop_event=self._over, debounce=400):
                 names = sorted({path.removeprefix(f"{self._here}{os.sep}") for _, path in changes})

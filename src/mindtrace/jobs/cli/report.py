@@ -4,13 +4,17 @@ The socket says a second thing by being there: it ends when either process does,
 """
 
 import json
+import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mindtrace.jobs.probes import State
+
+_LAST_WITHIN = 1.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class Report:
         leave_within: seconds that it may need to end after a first signal.
         facts: what the probe tells besides.
         about: what it is, for the banner; told once.
+        failure: why it cannot go on, told last; empty where it can.
     """
 
     phase: Literal["starting", "running"] = "starting"
@@ -34,6 +39,7 @@ class Report:
     leave_within: float = 50.0
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    failure: str = ""
 
     def encode(self) -> bytes:
         """As a line."""
@@ -77,6 +83,20 @@ class Upward:
             pass
         except OSError:  # it is gone: `_listen` says so
             self._unsent = b""
+
+    def tell_last(self, report: Report) -> bool:
+        """Send it, after all that was told before. False where nobody takes it within a second."""
+        poll, deadline = select.poll(), time.monotonic() + _LAST_WITHIN
+        poll.register(self._socket, select.POLLOUT)
+        self._unsent += report.encode()
+        try:
+            while self._unsent:
+                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    return False
+                self._unsent = self._unsent[self._socket.send(self._unsent, socket.MSG_DONTWAIT) :]
+        except OSError:
+            return False
+        return True
 
     def _listen(self) -> None:
         try:

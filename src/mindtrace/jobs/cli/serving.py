@@ -13,13 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mindtrace.jobs.cli import leaving, target
 from mindtrace.jobs.cli.errors import CommandError, UsageError
+from mindtrace.jobs.cli.output import without_login
 from mindtrace.jobs.cli.report import Report, Upward
 from mindtrace.jobs.delivery import Dead, Done, Release, Retry
 from mindtrace.jobs.errors import BackendUnavailable, Closed, JobsError, NotSupported, QueueMismatch, UnsafeBackend
@@ -54,6 +55,7 @@ class Serving:
         self._drain_over: float | None = None  # on the monotonic clock
         self._notifier = Notifier()
         self._upward: Upward | None = None
+        self._is_alone = False  # in telling it something
         self._about: dict[str, Any] = {}
         self._wanted: list[str] = []  # by signals
         self._over, self._saying = threading.Event(), threading.Lock()
@@ -84,8 +86,14 @@ class Serving:
             finally:
                 self._over.set()
                 beat.join(2.0)
-                if self._upward is not None and not beat.is_alive():
+                self._is_alone = not beat.is_alive()
+                if self._upward is not None and self._is_alone:
                     self._upward.tell(self._report(self._state()))
+
+    def has_told(self, failure: CommandError | JobsError) -> bool:
+        """After `run`: whether there is a supervisor, which now knows why this process cannot go on."""
+        report = replace(self._report(self._state()), failure=without_login(str(failure)))
+        return self._upward is not None and self._is_alone and self._upward.tell_last(report)
 
     def _run(self, main: Coroutine[Any, Any, int]) -> int:
         try:
@@ -293,7 +301,7 @@ class Serving:
                 f"job {job.job_id} of queue {job.queue}, schema {job.schema_name or 'none'}, attempt {job.attempt}, "
                 f"{job.kind}, {job.seconds:.1f} s"
             )
-            lines += [f"  {line}" for line in job.stack]
+            lines += [f"  {line}" for line in job.stack or [job.unseen] if line]
         lines.append(f"{len(running)} running")
         self._plan.journal.say("\n".join(lines))
 

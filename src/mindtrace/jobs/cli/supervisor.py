@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mindtrace.jobs.cli.children import Child, described
+from mindtrace.jobs.cli.children import Child
+from mindtrace.jobs.cli.errors import Relayed
 from mindtrace.jobs.cli.leaving import Terminal, is_ignored
 from mindtrace.jobs.notify import Notifier
 from mindtrace.jobs.probes import State
@@ -78,7 +79,7 @@ class Supervisor:
         self._signals: list[signal.Signals] = []  # that asked us to stop
         self._sent: list[signal.Signals] = []  # to all, since
         self._status = 0  # of the worst that ended since we were told to stop
-        self._fatal: int | None = None
+        self._fatal: Relayed | None = None
         self._has_worked = False  # one of them was ready once
 
     async def run(self) -> int:
@@ -86,6 +87,9 @@ class Supervisor:
 
         Returns:
             0 if all drained, 1 if one gave jobs back or was killed; 2, 3 or 4 where none could start.
+
+        Raises:
+            Relayed: none could start, and why.
         """
         loop = asyncio.get_running_loop()
         handlers: dict[signal.Signals, Callable[[], Any]] = {
@@ -117,7 +121,11 @@ class Supervisor:
         if len(self._signals) > 2:  # they have left at once, and so do we
             signal.signal(self._signals[-1], signal.SIG_DFL)
             os.kill(os.getpid(), self._signals[-1])
-        return self._status if self._fatal is None else self._fatal
+        if self._fatal is None:
+            return self._status
+        if str(self._fatal):
+            raise self._fatal
+        return self._fatal.status
 
     def state(self) -> State:
         """For the probes, from any thread: alive if all that run are, ready if one is."""
@@ -151,13 +159,14 @@ class Supervisor:
             if status == 0 and child.was_ready:
                 _log.info("%s has ended by itself: replaced", child.name)
             elif status in _HOPELESS and not child.was_ready and not self._can_work():
-                _log.error("%s cannot start (%s): all stop", child.name, described(status))
-                self._fatal = status
+                if not child.report.failure:  # else that is the last word of all
+                    _log.error("%s cannot start (%s): all stop", child.name, child.how_it_ended())
+                self._fatal = Relayed(child.report.failure, status)
                 self._stop(signal.SIGTERM)
                 return
             else:
                 how = "has ended" if child.was_ready else "has ended before it was ready"
-                await self._back_off(place, f"{child.name} {how}: {described(status)}")
+                await self._back_off(place, f"{child.name} {how}: {child.how_it_ended()}")
 
     def _can_work(self) -> bool:
         """Whether one ever did: else what keeps one from starting keeps all, and trying again does not mend it."""
@@ -175,6 +184,8 @@ class Supervisor:
     def _on_end(self, child: Child) -> None:
         self._children.discard(child)
         status = child.ended.result()
+        if child.report.failure and self._fatal is None and (self._stop_asked.is_set() or child.was_told_to_end):
+            _log.error("%s has ended: %s", child.name, child.how_it_ended())
         # A signal that met it before it had anything to drain is no failure.
         if self._stop_asked.is_set() and (status > 0 or (status < 0 and child.was_ready)):
             self._status = 1
@@ -231,7 +242,7 @@ class Supervisor:
         if self._stop_asked.is_set():
             return False
         if not new.was_ready:
-            how = described(new.ended.result()) if new.ended.done() else f"not ready within {READY_WITHIN:.0f} s"
+            how = new.how_it_ended() if new.ended.done() else f"not ready within {READY_WITHIN:.0f} s"
             _log.error("rolling restart: given up, the successor of %s: %s", old.name, how)
             if place.successor is new:  # else the old one has ended meanwhile, and the place is its own
                 place.successor = None
@@ -259,7 +270,9 @@ class Supervisor:
             self._stop_asked.set()
             self._notifier.stopping("draining")
         for child in self._children:
-            child.end(number)
+            # One that a rolling restart has told to drain drains already: a second signal would cancel what it runs.
+            if len(self._sent) > 1 or not child.was_told_to_end:
+                child.end(number)
             child.changed.set()
 
     def _on_usr1(self) -> None:

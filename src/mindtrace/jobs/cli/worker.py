@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any, Final, Literal, cast
 
 from mindtrace.jobs.cli import leaving
-from mindtrace.jobs.cli.errors import CommandError, MissingExtra, UsageError, status_of
+from mindtrace.jobs.cli.errors import CommandError, MissingExtra, Told, UsageError, status_of
 from mindtrace.jobs.cli.journal import Journal
 from mindtrace.jobs.cli.parser import Parser
 from mindtrace.jobs.cli.settings import (
@@ -195,11 +195,13 @@ def _words(parsed: argparse.Namespace, settings: Settings) -> list[str]:
 def _serve(plan: Plan) -> int:
     from mindtrace.jobs.cli.serving import Serving
 
-    end, status = leaving.Exit(), 1
+    end, serving, status = leaving.Exit(), Serving(plan), 1
     try:
-        status = Serving(plan).run()
+        status = serving.run()
     except (CommandError, JobsError) as error:
         status = status_of(error)
+        if serving.has_told(error):
+            raise Told(status) from error
         raise
     finally:
         end.with_status(status)
@@ -217,7 +219,7 @@ def _supervise(plan: Plan, words: list[str], processes: int) -> int:
         plan.journal.banner(
             {
                 "mindtrace-jobs": version("mindtrace-jobs"),
-                "supervisor": f"{processes} processes, pid {os.getpid()}",
+                "supervisor": f"{processes} process{'' if processes == 1 else 'es'}, pid {os.getpid()}",
                 **({} if probes is None else {"health": probes.url}),
             }
         )

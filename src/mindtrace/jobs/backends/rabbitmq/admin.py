@@ -163,9 +163,28 @@ class Admin:
                 commands.Queue.Bind(queue=hold.name, exchange=hold.name, routing_key=hold.held_pattern),
                 commands.Exchange.Bind(destination=hold.below, source=hold.name, routing_key=hold.passed_pattern),
             ]
+        if not self._units and await self.look(topology.hold(0)) is None:
+            calls.append(self._up_exchange())  # the first of the namespace: no restart can have made any late
         calls += self._written_down()
         await self._on_a_channel(lambda channel: _all(channel, calls))
         self._units = units.bit_length()
+
+    async def has_exchange(self, exchange: str) -> bool:
+        """Whether the server has an exchange."""
+        try:
+            await self._on_a_channel(_Asked(commands.Exchange.Declare(exchange=exchange, passive=True)))
+        except ChannelClosed as error:
+            if error.code != _NOT_FOUND:
+                raise
+            return False
+        return True
+
+    async def make_up_exchange(self) -> None:
+        """Have the exchange that tells that the server has not been restarted since."""
+        await self._on_a_channel(_Asked(self._up_exchange()))
+
+    def _up_exchange(self) -> Frame:
+        return commands.Exchange.Declare(exchange=self._topology.up_exchange, durable=False)
 
     def _written_down(self) -> list[Frame]:
         """Makes another quorum queue, and deletes it.

@@ -36,6 +36,7 @@ from mindtrace.jobs.backends.rabbitmq.topology import (
 from mindtrace.jobs.delivery import Delivery, Published
 from mindtrace.jobs.errors import (
     AuthenticationFailed,
+    BackendUnavailable,
     Closed,
     ConfigError,
     NotSupported,
@@ -141,6 +142,7 @@ class RabbitMQBackend(Backend):
         self._home = Home("RabbitMQ backend")
         self._random = Random()  # noqa: S311 (jitter, not secrets)
         self._opening: asyncio.Task[None] | None = None
+        self._is_away = False  # the server, when it was last looked for
         self._open: _Open | None = None
 
     def __repr__(self) -> str:
@@ -175,15 +177,17 @@ class RabbitMQBackend(Backend):
         opening.result()
 
     async def _connect(self) -> None:
-        link = Link(self._address, "admin", self._random)
+        link = Link(self._address, "admin", self._random, quiet=self._is_away)
         link.start()
         try:
             line = await link.connected(CONNECT_WITHIN)
             _check_version(line.version)
-        except BaseException:
+        except BaseException as error:
+            self._is_away = isinstance(error, BackendUnavailable)
             self._home.move_out()
             await link.aclose()
             raise
+        self._is_away = False
         if self._address.tls and self._address.allow_insecure:
             _log.warning("RabbitMQ at %s: the certificate is not verified (allow_insecure=True)", self._address)
         _log.info("RabbitMQ %s at %s", line.version, self._address)

@@ -6,6 +6,7 @@
 | `mtj-counts` | attempts, crashes, releases, number, replays, crash limit (-1: receiver's) | not all are as new   |
 | `mtj-errors` | a JSON list of the failed runs, oldest first                               | there were any       |
 | `mtj-died`   | microseconds since the epoch, and the reason                               | in the dead letters  |
+| `mtj-due`    | microseconds since the epoch, by the clock of who published it             | it is delayed        |
 
 The broker's own counts (`x-delivery-count`, `x-death`) changed their meaning between its versions: they are neither
 read nor copied. What a header says that is not ours, or broken, counts as nothing.
@@ -26,6 +27,7 @@ from mindtrace.jobs.job import JobId, is_job_id
 
 _COUNTS = re.compile(r"(\d{1,9}) (\d{1,9}) (\d{1,9}) (\d{1,9}) (\d{1,9}) (-1|\d{1,9})")
 _DIED = re.compile(r"(\d{1,17}) ([a-z_]+)")
+_DUE = re.compile(r"[0-9]{1,17}")
 _REASONS: tuple[str, ...] = get_args(DeadReason)
 _ERRORS_LONGEST = 96 * 1024
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -110,6 +112,13 @@ def death_of(headers: Mapping[str, Any] | None) -> tuple[datetime, DeadReason] |
     return _EPOCH + timedelta(microseconds=int(found[1])), cast("DeadReason", found[2])
 
 
+def due_of(headers: Mapping[str, Any] | None) -> float | None:
+    """When it is due, in seconds since the epoch; None where nobody of ours said so."""
+    text: Any = None if headers is None else headers.get("mtj-due")
+    found = _DUE.fullmatch(text) if type(text) is str else None
+    return None if found is None else int(found[0]) / 1e6
+
+
 def errors_of(headers: Mapping[str, Any] | None) -> tuple[RunError, ...]:
     """Oldest first. What is no error of ours is left out."""
     text: Any = None if headers is None else headers.get("mtj-errors")
@@ -133,6 +142,7 @@ def headers_of(
     errors: tuple[RunError, ...] = (),
     died: tuple[datetime, DeadReason] | None = None,
     room: int = _ERRORS_LONGEST,
+    due: float | None = None,
 ) -> dict[str, Any]:
     """The headers of a message.
 
@@ -142,6 +152,7 @@ def headers_of(
         errors: of its failed runs, oldest first.
         died: when and of what.
         room: bytes that its errors may have: headers have to fit into one frame.
+        due: seconds since the epoch.
     """
     headers: dict[str, Any] = {"mtj-id": job_id}
     if counts != NEW:
@@ -150,6 +161,8 @@ def headers_of(
         headers["mtj-errors"] = _errors_text(errors, room)
     if died is not None:
         headers["mtj-died"] = f"{(died[0] - _EPOCH) // timedelta(microseconds=1)} {died[1]}"
+    if due is not None:
+        headers["mtj-due"] = f"{due * 1e6:.0f}"
     return headers
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 from mindtrace.jobs.backends.rabbitmq.address import Address
 from mindtrace.jobs.backends.rabbitmq.admin import Admin
+from mindtrace.jobs.backends.rabbitmq.line import Line
 from mindtrace.jobs.backends.rabbitmq.link import Link
 from mindtrace.jobs.backends.rabbitmq.outbox import Outbox
+from mindtrace.jobs.backends.rabbitmq.retiming import Retiming
 from mindtrace.jobs.backends.rabbitmq.topology import Topology
 
 _log = logging.getLogger(__name__)
@@ -36,9 +38,10 @@ class Post:
 
     def __init__(self, address: Address, random: Random, topology: Topology) -> None:
         self.topology: Topology = topology
-        self.link: Link = Link(address, "consume", random)
+        self.link: Link = Link(address, "consume", random, self._on_up)
         self.admin: Admin = Admin(self.link, topology)
         self.copies: Outbox = Outbox(address, "copies", random)
+        self._retiming = Retiming(self.admin, self.copies, topology)
         self.given_back: dict[tuple[str, int], None] = {}
         """Ids and numbers of deliveries that a receiver here gave back without settling them, the last thousands."""
         self.link.start()
@@ -49,8 +52,12 @@ class Post:
         if len(self.given_back) > _REMEMBERED:
             del self.given_back[next(iter(self.given_back))]
 
+    def _on_up(self, line: Line) -> None:
+        self._retiming.on_up(line)
+
     async def aclose(self) -> None:
         """Close both connections."""
+        await self._retiming.aclose()
         await asyncio.gather(self.link.aclose(), self.copies.aclose())
 
 

@@ -72,9 +72,9 @@ class Lane:
             BackendUnavailable: no answer.
         """
         content = await self.channel.call(commands.Basic.Get(queue=queue))
+        if isinstance(content, Content):
+            self.add(content.frame.delivery_tag)
+            self._out = dict.fromkeys(sorted(self._out))  # what was pushed right behind it may have been added before
         await self.channel.call(commands.Basic.Qos(prefetch_count=1))
         self._acknowledged = 0
-        if not isinstance(content, Content):
-            return None
-        self.add(content.frame.delivery_tag)
-        return content
+        return content if isinstance(content, Content) else None

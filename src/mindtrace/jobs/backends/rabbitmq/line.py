@@ -33,6 +33,7 @@ _FRAME_END = 0xCE
 _METHOD = 1
 _HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 _CLOSE, _BLOCKED, _UNBLOCKED = b"\x00\x0a\x00\x32", b"\x00\x0a\x00\x3c", b"\x00\x0a\x00\x3d"  # class 10: 50, 60, 61
+_SILENT = 3  # heartbeats
 _CHANNELS = 2000  # below the server's limit of 2047
 
 
@@ -83,6 +84,7 @@ class Line:
             if ours is None:
                 raise
             raise ours from error
+        transport.watch(address.heartbeat)
         return cls(connection, transport)
 
     @property
@@ -144,7 +146,9 @@ class _Transport(TransportFactory):
         self.lost: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         self.channels: dict[int, Channel] = {}
         self.blocked: bool = False
+        self.heard: float = 0.0  # when anything last came, by the loop's clock
         self._context = context
+        self._watching: asyncio.TimerHandle | None = None
         self._said: BaseException | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -165,6 +169,28 @@ class _Transport(TransportFactory):
             self._transport.abort()
         self.end(None)
 
+    def watch(self, heartbeat: float) -> None:
+        """End it once nothing came for three heartbeats. The driver would allow for 3 s more, and look later."""
+        loop = asyncio.get_running_loop()
+        self.heard = loop.time()
+        pause, due = heartbeat / 4, 0.0
+
+        def look() -> None:
+            now = loop.time()
+            stood_still = now - due > pause  # what has come is yet to be read
+            if not stood_still and now - self.heard > _SILENT * heartbeat:
+                self.end(TimeoutError(f"nothing came for {_SILENT * heartbeat:g} s"))
+            else:
+                look_soon()
+
+        def look_soon() -> None:
+            nonlocal due
+            due = loop.time() + pause
+            self._watching = loop.call_at(due, look)
+
+        if not self.lost.done():
+            look_soon()
+
     def on_control(self, frame: bytes) -> None:
         """A method on channel 0, on its way to the driver."""
         kind = frame[_PAYLOAD : _PAYLOAD + 4]
@@ -179,6 +205,8 @@ class _Transport(TransportFactory):
                     self._said = ConnectionError(close.reply_text)
 
     def end(self, why: BaseException | None) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         if not self.lost.done():
             self.lost.set_result(self._said or why)
             if self._transport is not None:
@@ -221,7 +249,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
                 super().data_received(data[at:end])
             at = end
         self._rest = data[at:]
-        now = self._clock()
+        self._ours.heard = now = self._clock()
         if channels and now - self._shown > 1.0:  # it counts what it sees; the server sends none while there is traffic
             self._shown = now
             super().data_received(_HEARTBEAT)

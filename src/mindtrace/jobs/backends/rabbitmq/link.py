@@ -31,10 +31,17 @@ class Link:
         role: what it is for, as the server's list of connections shows it.
         random: the source of the jitter.
         on_up: called with each new line.
+        quiet: it is known, and has been said, that there is no server yet.
     """
 
     def __init__(
-        self, address: Address, role: str, random: Random, on_up: Callable[[Line], None] | None = None
+        self,
+        address: Address,
+        role: str,
+        random: Random,
+        on_up: Callable[[Line], None] | None = None,
+        *,
+        quiet: bool = False,
     ) -> None:
         self.address: Address = address
         self.line: Line | None = None
@@ -44,7 +51,7 @@ class Link:
         self.outages: Outages = NO_OUTAGES
         """Those that are over."""
         self._lost_at: float | None = None
-        self._role, self._random, self._on_up = role, random, on_up
+        self._role, self._random, self._on_up, self._quiet = role, random, on_up, quiet
         self._changed = asyncio.Event()
         self._failed: AuthenticationFailed | None = None
         self._closing = False
@@ -80,6 +87,11 @@ class Link:
         return self.line
 
     @property
+    def is_away(self) -> bool:
+        """Whether the server was there, and is not now. From any thread."""
+        return self._lost_at is not None
+
+    @property
     def failed(self) -> AuthenticationFailed | None:
         """Why nobody tries any more to connect."""
         return self._failed
@@ -103,7 +115,7 @@ class Link:
                 self._changed.set()
                 return
             except BackendUnavailable as error:
-                if failures == 0:
+                if failures == 0 and not self._quiet:
                     _log.warning("%s (%s); trying on", error, self._role)
                 self.why = error
             else:
@@ -111,6 +123,9 @@ class Link:
                 await self._use(line)
                 if time.monotonic() - since > _USEFUL:
                     failures = 0
+                # One that comes up may take us in and throw us out a few times.
+                level = logging.WARNING if failures == 0 else logging.DEBUG
+                _log.log(level, "%s (%s); connecting again", self.why, self._role)
             failures += 1
             # All of those who lost the same server come back at different moments.
             await asyncio.sleep(self._random.uniform(0.0, min(_LONGEST_PAUSE, 0.1 * 2 ** min(failures, 10))))
@@ -132,4 +147,3 @@ class Link:
             await line.aclose()
         self._lost_at = time.monotonic()
         self.why = BackendUnavailable(f"lost RabbitMQ at {self.address}: {said(why)}")
-        _log.warning("%s (%s); connecting again", self.why, self._role)

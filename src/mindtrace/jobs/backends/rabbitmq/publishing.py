@@ -123,9 +123,8 @@ class Publisher:
             units = self._topology.units(message.delay if message.at is None else (message.at - now).total_seconds())
             longest = max(longest, units)
             exchange, key = self.route(queue, units, message.priority)
-            found.append(
-                Posting(exchange, key, headers_of(message.id, _counts(message)), message.body, message.priority)
-            )
+            headers = headers_of(message.id, _counts(message), due=self._topology.due(now.timestamp(), units))
+            found.append(Posting(exchange, key, headers, message.body, message.priority))
         bounded = spec is not None and spec.max_length is not None
         if longest > 0 or bounded:
             kept = await self._admin.look(self._topology.queue(queue))

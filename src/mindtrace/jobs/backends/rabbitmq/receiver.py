@@ -146,6 +146,10 @@ class RabbitMQReceiver(Receiver):
         """Seconds since the loop in which its deliveries are last turned."""
         return self._keeper.idle_for()
 
+    def is_away(self) -> bool:
+        """Whether the connection that delivers is lost."""
+        return self._keeper.post.link.is_away
+
     def outages(self) -> Outages:
         """How often the connection that delivers was lost."""
         return self._keeper.post.link.outages

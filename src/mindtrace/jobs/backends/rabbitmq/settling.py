@@ -110,7 +110,8 @@ class Settling:
         errors = with_error(errors_of(held.headers), error)
         units = self._topology.units(delay)
         exchange, key = self._topology.delayed(queue, units) if units > 0 else ("", self._topology.queue(queue))
-        return Posting(exchange, key, headers_of(message.id, counts, errors), message.body, message.priority)
+        headers = headers_of(message.id, counts, errors, due=self._topology.due(time.time(), units))
+        return Posting(exchange, key, headers, message.body, message.priority)
 
     def _dead(
         self,

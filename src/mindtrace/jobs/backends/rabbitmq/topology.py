@@ -95,6 +95,8 @@ class Topology:
         self.due_exchange: str = f"{namespace}:due"
         self.gone_exchange: str = f"{namespace}:{GONE}"
         self.gone_queue: str = self.dead(GONE)
+        self.up_exchange: str = f"{namespace}:up.hold"
+        self.turn_queue: str = f"{namespace}:turn.hold"
         self.due_arguments: Arguments = {"alternate-exchange": self.gone_exchange}
 
     def queue(self, name: str) -> str:
@@ -104,6 +106,10 @@ class Topology:
     def dead(self, name: str) -> str:
         """Where its dead letters lie."""
         return f"{self.namespace}:{name}.dead"
+
+    def hold(self, level: int) -> str:
+        """A level of the ladder."""
+        return f"{self.namespace}:{level}.hold"
 
     def arguments(self, spec: QueueSpec) -> Arguments:
         """What it is declared with."""
@@ -136,10 +142,18 @@ class Topology:
         """A delay in units, rounded up."""
         return math.ceil(round(min(delay, MAX_DELAY) / self.unit, 6)) if delay > 0 else 0
 
+    def due(self, now: float, units: int) -> float | None:
+        """When a delay that begins now is over, in seconds since the epoch; None for no delay."""
+        return now + units * self.unit if units > 0 else None
+
     def delayed(self, name: str, units: int) -> tuple[str, str]:
         """The exchange and the routing key of a delay of 1 unit or more."""
         digits = ".".join(f"{units:0{LEVELS}b}")
-        return self._hold(units.bit_length() - 1), f"{digits}.{name}"
+        return self.hold(units.bit_length() - 1), f"{digits}.{name}"
+
+    def delayed_again(self, key: str, units: int) -> tuple[str, str]:
+        """As `delayed`, for the queue that the routing key of another delay names."""
+        return self.delayed(key.split(".", LEVELS)[LEVELS], units)
 
     def units_of(self, key: str) -> int:
         """The delay that a routing key asks for; 0 if it is none of a delay."""
@@ -149,7 +163,7 @@ class Topology:
     def holds(self, units: int) -> Iterator[Hold]:
         """The levels that a delay of so many units needs, the lowest first."""
         for level in range(units.bit_length()):
-            below = self._hold(level - 1) if level else self.due_exchange
+            below = self.hold(level - 1) if level else self.due_exchange
             before = "*." * (LEVELS - 1 - level)
             arguments = {
                 **_NEVER_DROPS,
@@ -157,7 +171,7 @@ class Topology:
                 "x-message-ttl": math.ceil(round(self.unit * 2**level * 1000, 6)),
                 "x-delivery-limit": _NO_LIMIT,
             }
-            yield Hold(self._hold(level), arguments, f"{before}1.#", f"{before}0.#", below)
+            yield Hold(self.hold(level), arguments, f"{before}1.#", f"{before}0.#", below)
 
     def corrected(self, spec: QueueSpec, refusal: str) -> QueueSpec | None:
         """`spec` with what the broker's refusal of it says is different; None if it is no queue of ours."""
@@ -182,6 +196,3 @@ class Topology:
             case _:
                 pass
         return None
-
-    def _hold(self, level: int) -> str:
-        return f"{self.namespace}:{level}.hold"

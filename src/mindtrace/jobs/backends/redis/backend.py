@@ -136,6 +136,7 @@ class RedisBackend(Backend):
         self._facts = Facts()
         self._random = Random()  # noqa: S311 (jitter, not secrets)
         self._opening: asyncio.Task[None] | None = None
+        self._is_away = False  # the server, when it was last looked for
         self._open: _Open | None = None
         self._names: list[CallNumbers] = []
 
@@ -172,7 +173,7 @@ class RedisBackend(Backend):
         opening.result()
 
     async def _connect(self) -> None:
-        link = Link(self._address, "commands", self._random, loads("publish", "exchange"))
+        link = Link(self._address, "commands", self._random, loads("publish", "exchange"), quiet=self._is_away)
         link.start()
         try:
             await link.until_connected(CONNECT_WITHIN)
@@ -184,10 +185,12 @@ class RedisBackend(Backend):
                 allow_eviction=self._allow_eviction,
                 require_durable=self._require_durable,
             )
-        except BaseException:
+        except BaseException as error:
+            self._is_away = isinstance(error, BackendUnavailable)
             self._home.move_out()
             await link.aclose()
             raise
+        self._is_away = False
         if self._address.tls and self._address.allow_insecure:
             _log.warning("Redis at %s: the certificate is not verified (allow_insecure=True)", self._address)
         _log.info("Redis %s at %s: durability %s", self._facts.version, self._address, self._facts.durability)

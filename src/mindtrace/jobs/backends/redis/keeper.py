@@ -48,6 +48,7 @@ class Keeper:
         self._ended: Future[None] = Future()
         self._stopped = False
         self._turned = 0.0  # its loop, on the monotonic clock
+        self._is_failing = False  # to extend, since the last time that it could
 
     def idle_for(self) -> float:
         """Seconds since its loop turned, which it does every second; 0.0 where it does not run. From any thread."""
@@ -151,11 +152,16 @@ class Keeper:
             try:
                 gone = await scripts.extend(keys, receiver.lease, some, receiver.lease / 3)
             except BackendUnavailable as error:
-                _log.warning("leases of %d jobs of queue %s not extended: %s", len(some), keys.queue, error)
+                level = logging.DEBUG if self._is_failing else logging.WARNING  # once, and not at each try
+                self._is_failing = True
+                _log.log(level, "leases of %d jobs of queue %s not extended: %s", len(some), keys.queue, error)
                 with self._lock:
                     if receiver in self._receivers:
                         self._receivers[receiver] = self._loop.time() + _AFTER_A_FAILURE
                 continue
+            if self._is_failing:  # who waits for his runs to end has no other sign that the server is back
+                self._is_failing = False
+                _log.info("leases are extended again: %d of queue %s", len(some) - len(gone), keys.queue)
             for delivery in gone:
                 _call(receiver.loop, partial(receiver.lose, delivery))
 

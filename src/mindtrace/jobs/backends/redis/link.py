@@ -57,19 +57,23 @@ class Link:
         role: what it is for, as the server's list of clients shows it.
         random: the source of the jitter.
         first: commands sent on each line before all others; nobody waits for their replies.
+        quiet: it is known, and has been said, that there is no server yet.
     """
 
-    def __init__(self, address: Address, role: str, random: Random, first: Sequence[Words] = ()) -> None:
+    def __init__(
+        self, address: Address, role: str, random: Random, first: Sequence[Words] = (), *, quiet: bool = False
+    ) -> None:
         self.address: Address = address
         self.outages: Outages = NO_OUTAGES
         """Those that are over."""
         self._lost_at: float | None = None
-        self._role, self._random, self._first = role, random, first
+        self._role, self._random, self._first, self._quiet = role, random, first, quiet
         self._line: Line | None = None
         self._backlog: deque[Request] = deque()
         self._redo: list[Request] = []  # told NOSCRIPT; while there are any, what comes later waits behind them
         self._later: list[Request] = []  # refused by a server that cannot write now
         self._later_at = 0.0
+        self._full_at = -math.inf  # when it last refused one
         self._failed: JobsError | None = None
         self._tried = asyncio.Event()
         self._why: BaseException | None = None
@@ -176,7 +180,7 @@ class Link:
                 self._refused(error)
                 return
             except (RedisError, OSError, TimeoutError, RuntimeError) as error:  # the last: no more threads, for DNS
-                if failures == 0:
+                if failures == 0 and not self._quiet:
                     _log.warning("no Redis at %s (%s): %s; trying on", self.address, self._role, _said(error))
                 self._why = error
                 self._tried.set()
@@ -203,9 +207,10 @@ class Link:
             self._backlog.extendleft(reversed([*self._redo, *line.waiting]))
             self._redo = []
             await line.aclose()
+        level = logging.WARNING if self._lost_at is None else logging.DEBUG
         if self._lost_at is None:  # else it was connected again to a server that had not come up yet
             self._lost_at = time.monotonic()
-        _log.warning("lost Redis at %s (%s): %s; connecting again", self.address, self._role, _said(self._why))
+        _log.log(level, "lost Redis at %s (%s): %s; connecting again", self.address, self._role, _said(self._why))
         for request in [request for request in self._backlog if not request.again]:
             self._backlog.remove(request)
             self._fail(request, "the connection was lost")
@@ -250,9 +255,12 @@ class Link:
                 self._line.drop(reply)
             return
         elif request.waits_out and _is_full(reply):
-            if not self._later:
+            now = time.monotonic()
+            if now - self._full_at > 4 * _LATER:  # else it is what was said
                 _log.warning("Redis at %s cannot write: %s; trying on", self.address, _said(reply))
-                self._later_at = time.monotonic() + _LATER
+            self._full_at = now
+            if not self._later:
+                self._later_at = now + _LATER
             request.sent -= 1
             self._later.append(request)
         else:
@@ -262,6 +270,11 @@ class Link:
             for again in redo:
                 self._line.send(again)
             self._send_backlog()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the server was there, and no connection is now. From any thread."""
+        return self._lost_at is not None and self._line is None
 
     def _is_back(self) -> None:
         """There is a line, and on it an answer."""

@@ -127,6 +127,10 @@ class RedisReceiver(Receiver):
         """Seconds since the loop that keeps its leases last turned."""
         return self._keeper_idle_for()
 
+    def is_away(self) -> bool:
+        """Whether the connection is lost."""
+        return self._scripts.link.is_away
+
     def outages(self) -> Outages:
         """How often the server was away."""
         return self._scripts.link.outages
