@@ -230,6 +230,23 @@ async def test_the_lease_of_what_was_put_back_begins_when_the_next_call_has_it(w
         assert await receiver.settle([(delivery, Done())]) == [None]
 
 
+async def test_a_lease_that_lapses_while_pushes_are_stopped_is_a_crash(world: "World") -> None:
+    """What the server returns then it marks alike, whether somebody had it or it was only on its way."""
+    queue, lapsed = await world.queue(), asyncio.Event()
+    await world.backend.publish(queue, messages(1))
+    async with FaultProxy.to(world.url, wire=Amqp) as proxy, asyncio.timeout(BOUND):
+        backend = await world.another(proxy.url(world.url))
+        options = {"slots": 2, "lease": 0.3, "keep": False}
+        async with backend.receiver([queue], **options, lost=lambda _: lapsed.set()) as receiver:
+            [first] = await receiver.receive(1)
+            trap = proxy.before(1, lapsed.wait, of=lambda name: name == b"BASIC.CANCEL")
+            assert await receiver.receive(1, wait=0.01) == []
+            assert trap.struck
+            [again] = await receiver.receive(1, wait=BOUND)
+            assert (again.message, again.crashes, again.number) == (first.message, 1, 2)
+        await backend.aclose()
+
+
 async def test_what_comes_as_a_receiver_is_left_is_released_and_given_to_nobody(world: "World") -> None:
     """It is on its way from the keeper's thread to a call that waits, while the loop stands still."""
     queue = await world.queue()
