@@ -181,7 +181,7 @@ async def test_what_was_got_and_what_is_pushed_are_together_no_more_than_the_slo
     async with world.backend.receiver([queue], slots=2) as busy, world.backend.receiver([queue]) as idle:
         assert len(await busy.receive(1)) == 1
         waiting = asyncio.create_task(busy.receive(1, wait=BOUND))
-        await world.somebody.until_consumed(queue)
+        await world.somebody.until_consumed(queue, by=2)  # it counts what was got as one
         await world.backend.publish(queue, messages(2))
         assert len(await waiting) == 1
         [third] = await idle.receive(1, wait=BOUND)
@@ -228,6 +228,23 @@ async def test_the_lease_of_what_was_put_back_begins_when_the_next_call_has_it(w
         assert (delivery.crashes, delivery.lost) == (0, False)
         assert delivery.deadline - time.monotonic() > 0.1
         assert await receiver.settle([(delivery, Done())]) == [None]
+
+
+async def test_a_lease_that_lapses_while_pushes_are_stopped_is_a_crash(world: "World") -> None:
+    """What the server returns then it marks alike, whether somebody had it or it was only on its way."""
+    queue, lapsed = await world.queue(), asyncio.Event()
+    await world.backend.publish(queue, messages(1))
+    async with FaultProxy.to(world.url, wire=Amqp) as proxy, asyncio.timeout(BOUND):
+        backend = await world.another(proxy.url(world.url))
+        options = {"slots": 2, "lease": 0.3, "keep": False}
+        async with backend.receiver([queue], **options, lost=lambda _: lapsed.set()) as receiver:
+            [first] = await receiver.receive(1)
+            trap = proxy.before(1, lapsed.wait, of=lambda name: name == b"BASIC.CANCEL")
+            assert await receiver.receive(1, wait=0.01) == []
+            assert trap.struck
+            [again] = await receiver.receive(1, wait=BOUND)
+            assert (again.message, again.crashes, again.number) == (first.message, 1, 2)
+        await backend.aclose()
 
 
 async def test_what_comes_as_a_receiver_is_left_is_released_and_given_to_nobody(world: "World") -> None:
