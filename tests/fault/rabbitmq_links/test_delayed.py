@@ -74,15 +74,25 @@ async def test_while_rabbitmq_blocks_publishers_delayed_jobs_wait_and_none_is_pu
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.parametrize(
+    ("write", "read"), [(".*", ":jobs$"), (r"^amq\\.default$", ".*")], ids=["takes none out", "puts none back"]
+)
 async def test_a_worker_that_may_not_look_through_delayed_jobs_leaves_the_turn_to_others(
-    opened: Opened, channel: AbstractChannel, namespace: str, broker: Broker, ctl: Ctl, caplog: pytest.LogCaptureFixture
+    opened: Opened,
+    channel: AbstractChannel,
+    namespace: str,
+    broker: Broker,
+    ctl: Ctl,
+    caplog: pytest.LogCaptureFixture,
+    write: str,
+    read: str,
 ) -> None:
     caplog.set_level("WARNING", logger="mindtrace.jobs")
     backend = await opened()
     [job_id] = await late(channel, namespace, backend, 1)
     internal, user = "rabbit_auth_backend_internal", f'<<"{namespace}">>'
     await ctl(f'{internal}:add_user({user}, <<"few">>, <<"test">>)')
-    await ctl(f'{internal}:set_permissions({user}, <<"/">>, <<".*">>, <<".*">>, <<":jobs$">>, <<"test">>)')
+    await ctl(f'{internal}:set_permissions({user}, <<"/">>, <<".*">>, <<"{write}">>, <<"{read}">>, <<"test">>)')
     few = RabbitMQBackend("127.0.0.1", urlsplit(broker.url).port, namespace, "few", namespace=namespace)
     await few.open()
     try:
