@@ -413,6 +413,16 @@ async def test_a_drain_lets_a_run_end_and_signals_to_everyone_mean_the_worker(
 # --- where it is
 
 
+async def are_at(worker: Worker, *marks: str) -> None:
+    """Until the stack of each job, the oldest first, shows its mark: a job tells the board a moment before."""
+    async with asyncio.timeout(20):
+        while not all(
+            mark in "\n".join([*job.stack, job.unseen])
+            for job, mark in zip(await asyncio.to_thread(worker.running), marks, strict=True)
+        ):
+            pass
+
+
 async def test_a_run_in_a_process_tells_the_line_it_is_at_to_whoever_asks_also_when_it_never_pauses(
     orchestrator: AsyncOrchestrator, publish: Publish, board: Board, shop: Any
 ) -> None:
@@ -422,6 +432,7 @@ async def test_a_run_in_a_process_tells_the_line_it_is_at_to_whoever_asks_also_w
     async with Worker(orchestrator, [shop.Acts("jobs")], concurrency=2, drain=0) as worker:
         await board.next()
         await board.next()
+        await are_at(worker, "in turns_without_end", "line.recv(1)")
         with ThreadPoolExecutor() as threads:
             asked = [threads.submit(worker.running) for _ in range(4)]
             answers = [worker.running(), *(one.result() for one in asked)]  # which holds the loop
@@ -456,6 +467,7 @@ async def test_of_a_process_that_lets_no_python_run_it_is_said_that_it_does_not_
     await publish("wait")
     async with Worker(orchestrator, [shop.Acts("jobs")], concurrency=2, drain=0, cancel_grace=0) as worker:
         pids = {(await board.next())["pid"], (await board.next())["pid"]}
+        await are_at(worker, "does not answer", "line.recv(1)")
         before = time.monotonic()
         hangs, waits = worker.running()
         assert time.monotonic() - before < 5
@@ -472,6 +484,7 @@ async def test_a_process_that_stood_still_answers_again(
     await publish("wait")
     async with Worker(orchestrator, [shop.Acts("jobs")], concurrency=1, drain=0) as worker:
         pid = (await board.next())["pid"]
+        await are_at(worker, "line.recv(1)")
         os.kill(pid, signal.SIGSTOP)
         assert "does not answer" in worker.running()[0].unseen
         os.kill(pid, signal.SIGCONT)
