@@ -16,11 +16,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindtrace.jobs.cli import leaving, target
 from mindtrace.jobs.cli.errors import CommandError, UsageError
 from mindtrace.jobs.cli.output import without_login
+from mindtrace.jobs.cli.plan import Plan
 from mindtrace.jobs.cli.report import Report, Upward
 from mindtrace.jobs.delivery import Dead, Done, Release, Retry
 from mindtrace.jobs.errors import BackendUnavailable, Closed, JobsError, NotSupported, QueueMismatch, UnsafeBackend
@@ -29,9 +30,6 @@ from mindtrace.jobs.health import Health
 from mindtrace.jobs.notify import Notifier
 from mindtrace.jobs.probes import Probes, State
 from mindtrace.jobs.worker import Worker
-
-if TYPE_CHECKING:
-    from mindtrace.jobs.cli.worker import Plan
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ class Serving:
         plan: what it is told.
     """
 
-    def __init__(self, plan: "Plan") -> None:
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._worker: Worker | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

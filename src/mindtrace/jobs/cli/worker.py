@@ -5,7 +5,6 @@ import asyncio
 import logging
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Final, Literal, cast
@@ -14,6 +13,7 @@ from mindtrace.jobs.cli import leaving
 from mindtrace.jobs.cli.errors import CommandError, MissingExtra, Told, UsageError, status_of
 from mindtrace.jobs.cli.journal import Journal
 from mindtrace.jobs.cli.parser import Parser
+from mindtrace.jobs.cli.plan import Plan
 from mindtrace.jobs.cli.settings import (
     APP,
     URL,
@@ -86,32 +86,6 @@ _PASSED_ON: Final[tuple[Option[Any], ...]] = (
     APP, QUEUE, CONCURRENCY, PROCESSES, BURST, MAX_JOBS, MAX_MEMORY, DRAIN, RELOAD, LOOP, LOG_FORMAT, LOG_LEVEL,
     VERBOSE,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What one worker process is told.
-
-    Attributes:
-        target: whose worker.
-        processes: how many run it, under a supervisor; None for this one alone.
-        insists: on a log of the command's own, where the application has set up another.
-        supervised: the open file over which it tells its supervisor how it is; None where it has none.
-    """
-
-    target: str
-    processes: int | None
-    queues: tuple[str, ...]
-    concurrency: int | None
-    burst: bool
-    max_jobs: int | None
-    max_memory: int | None
-    drain: float | None
-    loop: Literal["asyncio", "uvloop"]
-    health: tuple[str, int] | None
-    journal: Journal
-    insists: bool
-    supervised: int | None
 
 
 def add(parser: Parser) -> None:
