@@ -1,6 +1,8 @@
 """A world to break: one queue, a clock that stands still until it is pushed, and a ledger of what was asked for."""
 
 import asyncio
+import os
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -303,3 +305,11 @@ def local() -> Callable[[], LocalBackend]:
 def quiet_logs(caplog: pytest.LogCaptureFixture) -> None:
     """Hundreds of runs that fail on purpose would bury what a failing test has to say."""
     caplog.set_level("CRITICAL", logger="mindtrace.jobs")
+
+
+@pytest.fixture
+def random() -> Random:
+    """Chance that can be had again: $MTJ_TEST_SEED is the seed, which a test that fails has in its output."""
+    seed = int(os.environ.get("MTJ_TEST_SEED") or secrets.randbelow(2**32))
+    print(f"MTJ_TEST_SEED={seed}")  # noqa: T201 (pytest shows it where a test fails)
+    return Random(seed)
