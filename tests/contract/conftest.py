@@ -150,17 +150,21 @@ def on_rabbitmq(
 
 
 @pytest.fixture(params=BACKENDS)
-async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    """Each in turn."""
+def unopened(request: pytest.FixtureRequest) -> Backend:
+    """Each in turn, and not opened yet."""
     if request.param == "local":
-        backend: Backend = LocalBackend()
-    else:
-        url, namespace = request.getfixturevalue(f"on_{request.param}")()
-        kind = {"redis": RedisBackend, "rabbitmq": RabbitMQBackend}[request.param]
-        backend = kind.from_url(url, namespace=namespace)
-    await backend.open()
-    yield backend
-    await backend.aclose()
+        return LocalBackend()
+    url, namespace = request.getfixturevalue(f"on_{request.param}")()
+    kind = {"redis": RedisBackend, "rabbitmq": RabbitMQBackend}[request.param]
+    return kind.from_url(url, namespace=namespace)
+
+
+@pytest.fixture
+async def backend(unopened: Backend) -> AsyncIterator[Backend]:
+    """Each in turn."""
+    await unopened.open()
+    yield unopened
+    await unopened.aclose()
 
 
 @pytest.fixture

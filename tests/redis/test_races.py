@@ -244,26 +244,6 @@ async def test_a_job_that_arrives_while_the_backend_is_closed_is_not_handed_out_
             assert (delivery.attempt, delivery.releases, delivery.crashes) == (1, 1, 0)
 
 
-async def test_two_may_open_a_backend_at_once_and_it_may_be_closed_meanwhile(
-    redis_url: str, server: Redis, namespace: str
-) -> None:
-    backend = RedisBackend.from_url(redis_url, namespace=namespace)
-
-    async def use() -> None:
-        await backend.open()
-        await backend.declare(QueueSpec("jobs"))
-
-    await asyncio.gather(use(), use())
-    await backend.aclose()
-    opening = asyncio.create_task(backend.open())
-    await asyncio.sleep(0)
-    await backend.aclose()
-    with pytest.raises(Closed):
-        await opening
-    await use()
-    await backend.aclose()
-
-
 async def test_a_queue_that_is_deleted_and_declared_at_once_is_listed_while_it_is_there(
     redis_url: str, opened: Opened
 ) -> None:

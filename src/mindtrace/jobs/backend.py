@@ -60,6 +60,12 @@ class QueueSpec:
         if self.max_length is not None:
             _positive("max_length", self.max_length)
 
+    def differences(self, asked: "QueueSpec") -> dict[str, tuple[object, object]]:
+        """Property -> (what it is here, what was asked for), for `QueueMismatch`; the name aside."""
+        names = ("kind", "priority_levels", "max_length")
+        both = {name: (getattr(self, name), getattr(asked, name)) for name in names}
+        return {name: (here, there) for name, (here, there) in both.items() if here != there}
+
 
 @dataclass(frozen=True, slots=True)
 class Depth:
@@ -365,6 +371,10 @@ class Home:
             self.check()
         self._loop = None
         return True
+
+    def is_left(self) -> bool:
+        """Whether its loop was closed, in this process, and nobody moved out."""
+        return self._loop is not None and self._loop.is_closed() and os.getpid() == self._pid
 
     async def breathe(self) -> None:
         """Let the loop turn, every 64th time: calls that never wait would keep everything else from running."""

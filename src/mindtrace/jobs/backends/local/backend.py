@@ -84,15 +84,7 @@ class LocalBackend(Backend):
         if queue is None:
             self._queues[spec.name] = Queue(spec, self.clock)
         elif not attach and queue.spec != spec:
-            there = queue.spec
-            raise QueueMismatch(
-                spec.name,
-                {
-                    name: (getattr(there, name), getattr(spec, name))
-                    for name in ("kind", "priority_levels", "max_length")
-                    if getattr(there, name) != getattr(spec, name)
-                },
-            )
+            raise QueueMismatch(spec.name, queue.spec.differences(spec))
 
     async def delete(self, queue: str, *, force: bool = False) -> None:
         """Delete a queue and its waiting jobs."""

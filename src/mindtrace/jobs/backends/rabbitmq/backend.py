@@ -13,11 +13,11 @@ from mindtrace.jobs.backend import (
     Backend,
     DeadLetters,
     Depth,
-    Home,
     QueueSpec,
     Receiver,
     Traits,
 )
+from mindtrace.jobs.backends.opening import Opening
 from mindtrace.jobs.backends.rabbitmq.address import CONNECT_WITHIN, Address
 from mindtrace.jobs.backends.rabbitmq.admin import Admin
 from mindtrace.jobs.backends.rabbitmq.channels import ChannelClosed
@@ -36,8 +36,6 @@ from mindtrace.jobs.backends.rabbitmq.topology import (
 from mindtrace.jobs.delivery import Delivery, Published
 from mindtrace.jobs.errors import (
     AuthenticationFailed,
-    BackendUnavailable,
-    Closed,
     ConfigError,
     NotSupported,
     QueueInUse,
@@ -139,11 +137,8 @@ class RabbitMQBackend(Backend):
             raise ConfigError(f"max_stall={max_stall!r}: seconds above 0, or None")
         self._max_stall = max_stall
         self._address, self._topology = address, Topology(checked_namespace(namespace))
-        self._home = Home("RabbitMQ backend")
+        self._opening: Opening[_Open] = Opening("RabbitMQ backend", self._connect)
         self._random = Random()  # noqa: S311 (jitter, not secrets)
-        self._opening: asyncio.Task[None] | None = None
-        self._is_away = False  # the server, when it was last looked for
-        self._open: _Open | None = None
 
     def __repr__(self) -> str:
         return f"<RabbitMQBackend {self._address} namespace={self._topology.namespace}>"
@@ -162,48 +157,25 @@ class RabbitMQBackend(Backend):
             ConfigError: it is too old, or this backend is open in another loop.
             ForkedProcess: it was opened in the parent process.
         """
-        if self._home.move_in():
-            self._opening = asyncio.create_task(self._connect())
-        opening = self._opening
-        if opening is None or self._open is not None:
-            return
-        try:
-            await asyncio.wait({opening})
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        if opening.cancelled():
-            raise Closed("the RabbitMQ backend was closed while it was opened")
-        opening.result()
+        await self._opening.open()
 
-    async def _connect(self) -> None:
-        link = Link(self._address, "admin", self._random, quiet=self._is_away)
+    async def _connect(self, known_away: bool) -> "_Open":
+        link = Link(self._address, "admin", self._random, quiet=known_away)
         link.start()
         try:
             line = await link.connected(CONNECT_WITHIN)
             _check_version(line.version)
-        except BaseException as error:
-            self._is_away = isinstance(error, BackendUnavailable)
-            self._home.move_out()
+        except BaseException:
             await link.aclose()
             raise
-        self._is_away = False
         if self._address.tls and self._address.allow_insecure:
             _log.warning("RabbitMQ at %s: the certificate is not verified (allow_insecure=True)", self._address)
         _log.info("RabbitMQ %s at %s", line.version, self._address)
-        self._open = _Open(link, self._address, self._random, self._topology)
+        return _Open(link, self._address, self._random, self._topology)
 
     async def aclose(self) -> None:
         """End the receivers, which releases what they hold, and the connections; within a few seconds."""
-        opening, self._opening = self._opening, None
-        if opening is not None and not opening.done():
-            opening.cancel()
-            await asyncio.wait({opening})
-        if not self._home.move_out():
-            return
-        opened, self._open = self._open, None
-        if opened is not None:
-            await opened.aclose()
+        await self._opening.aclose()
 
     async def declare(self, spec: QueueSpec, *, attach: bool = False) -> None:
         """Make the queue if there is none: quorum for FIFO, classic for priorities."""
@@ -330,7 +302,7 @@ class RabbitMQBackend(Backend):
         opened = self._opened()
         opened.keeper.start()
         receiver = RabbitMQReceiver(
-            self._home,
+            self._opening.home,
             opened.keeper,
             queues,
             slots=slots,
@@ -352,9 +324,7 @@ class RabbitMQBackend(Backend):
         return RabbitMQDeadLetters(lambda: self._opened().for_reading, self._topology, queue)
 
     def _opened(self) -> "_Open":
-        self._home.check()
-        assert self._open is not None  # noqa: S101 (there is a home exactly while it is open)
-        return self._open
+        return self._opening.connected()
 
 
 class _Open:
@@ -389,6 +359,10 @@ class _Open:
         closing.add_done_callback(self._leaving.discard)
         await asyncio.wait({closing})
 
+    def abandon(self) -> None:
+        """Their loop is closed: end the thread, and with it the connection that has the leases."""
+        self.keeper.stop()
+
     async def _close(self) -> None:
         await asyncio.gather(*(self.leave(receiver) for receiver in list(self.receivers)))
         leaving = self._leaving - {task for task in (asyncio.current_task(),) if task is not None}
@@ -410,10 +384,4 @@ def _real(spec: QueueSpec) -> tuple[str, int | None, int | None]:
 
 
 def _differences(there: QueueSpec | None, asked: QueueSpec) -> dict[str, tuple[object, object]]:
-    if there is None:
-        return {"arguments": ("of somebody else", "of this library")}
-    return {
-        name: (getattr(there, name), getattr(asked, name))
-        for name in ("kind", "priority_levels", "max_length")
-        if getattr(there, name) != getattr(asked, name)
-    }
+    return {"arguments": ("of somebody else", "of this library")} if there is None else there.differences(asked)

@@ -135,11 +135,16 @@ class Keeper:
 
     async def aclose(self) -> None:
         """End the thread."""
+        if self.stop():
+            # Without an executor to join it in: at the interpreter's exit there is none any more.
+            await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=_CLOSE_WITHIN)
+
+    def stop(self) -> bool:
+        """Have the thread end. Returns whether it ran."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self.call(self._set_stop)
-            # Without an executor to join it in: at the interpreter's exit there is none any more.
-            await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=_CLOSE_WITHIN)
+        return thread is not None
 
     def _set_stop(self) -> None:
         if self._stop is not None:

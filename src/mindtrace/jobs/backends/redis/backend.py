@@ -15,11 +15,11 @@ from mindtrace.jobs.backend import (
     Backend,
     DeadLetters,
     Depth,
-    Home,
     QueueSpec,
     Receiver,
     Traits,
 )
+from mindtrace.jobs.backends.opening import Opening
 from mindtrace.jobs.backends.redis.address import CONNECT_WITHIN, Address
 from mindtrace.jobs.backends.redis.dead_letters import RedisDeadLetters
 from mindtrace.jobs.backends.redis.facts import Facts, judge, read_facts
@@ -31,7 +31,7 @@ from mindtrace.jobs.backends.redis.receiver import RedisReceiver
 from mindtrace.jobs.backends.redis.rounds import CallNumbers
 from mindtrace.jobs.backends.redis.scripts import Scripts, loads, spec_of, text_of
 from mindtrace.jobs.delivery import Delivery, Published
-from mindtrace.jobs.errors import BackendUnavailable, Closed, ConfigError, QueueInUse, QueueMismatch
+from mindtrace.jobs.errors import BackendUnavailable, ConfigError, QueueInUse, QueueMismatch
 from mindtrace.jobs.job import PRIORITY_RANGE, checked_namespace, is_queue_name
 from mindtrace.jobs.retry import is_seconds
 from mindtrace.jobs.wire import Message
@@ -132,13 +132,9 @@ class RedisBackend(Backend):
         self._max_stall = max_stall
         self._address, self._namespace = address, checked_namespace(namespace)
         self._allow_eviction, self._require_durable = allow_eviction, require_durable
-        self._home = Home("Redis backend")
+        self._opening: Opening[_Open] = Opening("Redis backend", self._connect)
         self._facts = Facts()
         self._random = Random()  # noqa: S311 (jitter, not secrets)
-        self._opening: asyncio.Task[None] | None = None
-        self._is_away = False  # the server, when it was last looked for
-        self._open: _Open | None = None
-        self._names: list[CallNumbers] = []
 
     def __repr__(self) -> str:
         return f"<RedisBackend {self._address} namespace={self._namespace}>"
@@ -158,22 +154,10 @@ class RedisBackend(Backend):
             ConfigError: it is too old, or this backend is open in another loop.
             ForkedProcess: it was opened in the parent process.
         """
-        if self._home.move_in():
-            self._opening = asyncio.create_task(self._connect())
-        opening = self._opening
-        if opening is None or self._open is not None:
-            return
-        try:
-            await asyncio.wait({opening})
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        if opening.cancelled():
-            raise Closed("the Redis backend was closed while it was opened")
-        opening.result()
+        await self._opening.open()
 
-    async def _connect(self) -> None:
-        link = Link(self._address, "commands", self._random, loads("publish", "exchange"), quiet=self._is_away)
+    async def _connect(self, known_away: bool) -> "_Open":
+        link = Link(self._address, "commands", self._random, loads("publish", "exchange"), quiet=known_away)
         link.start()
         try:
             await link.until_connected(CONNECT_WITHIN)
@@ -185,16 +169,13 @@ class RedisBackend(Backend):
                 allow_eviction=self._allow_eviction,
                 require_durable=self._require_durable,
             )
-        except BaseException as error:
-            self._is_away = isinstance(error, BackendUnavailable)
-            self._home.move_out()
+        except BaseException:
             await link.aclose()
             raise
-        self._is_away = False
         if self._address.tls and self._address.allow_insecure:
             _log.warning("Redis at %s: the certificate is not verified (allow_insecure=True)", self._address)
         _log.info("Redis %s at %s: durability %s", self._facts.version, self._address, self._facts.durability)
-        self._open = _Open(
+        return _Open(
             scripts,
             Publisher(scripts, _TRAITS.name, self._namespace),
             Keeper(self._address, self._random, self._max_stall),
@@ -202,16 +183,7 @@ class RedisBackend(Backend):
 
     async def aclose(self) -> None:
         """End the receivers, which releases what they hold, and the connections; within a few seconds."""
-        opening, self._opening = self._opening, None
-        if opening is not None and not opening.done():
-            opening.cancel()
-            await asyncio.wait({opening})
-        if not self._home.move_out():
-            return
-        opened, self._open = self._open, None
-        if opened is not None:
-            self._names = []
-            await opened.aclose()
+        await self._opening.aclose()
 
     async def declare(self, spec: QueueSpec, *, attach: bool = False) -> None:
         """Make the queue if there is none."""
@@ -224,14 +196,7 @@ class RedisBackend(Backend):
             there = await scripts.declare(self._keys(spec.name), spec)
             await self._list(spec.name)  # again: it may have been deleted in between
         if not attach and there != spec:
-            raise QueueMismatch(
-                spec.name,
-                {
-                    name: (getattr(there, name), getattr(spec, name))
-                    for name in ("kind", "priority_levels", "max_length")
-                    if getattr(there, name) != getattr(spec, name)
-                },
-            )
+            raise QueueMismatch(spec.name, there.differences(spec))
 
     async def _list(self, queue: str) -> None:
         scripts = self._opened().scripts
@@ -327,9 +292,9 @@ class RedisBackend(Backend):
     ) -> AsyncGenerator[Receiver, None]:
         """A receiver of these queues."""
         opened = self._opened()
-        calls = self._names.pop() if self._names else CallNumbers(secrets.token_hex(8))
+        calls = opened.names.pop() if opened.names else CallNumbers(secrets.token_hex(8))
         receiver = RedisReceiver(
-            self._home,
+            self._opening.home,
             opened.scripts,
             Link(self._address, "bell", self._random),
             calls,
@@ -348,17 +313,15 @@ class RedisBackend(Backend):
             yield receiver
         finally:
             await opened.leave(receiver)
-            if receiver.is_quiet and self._open is opened:
-                self._names.append(calls)
+            if receiver.is_quiet:
+                opened.names.append(calls)
 
     def dead_letters(self, queue: str) -> DeadLetters:
         """The queue's dead letters."""
         return RedisDeadLetters(lambda: self._opened().scripts, self._keys(queue))
 
     def _opened(self) -> "_Open":
-        self._home.check()
-        assert self._open is not None  # noqa: S101 (there is a home exactly while it is open)
-        return self._open
+        return self._opening.connected()
 
     def _keys(self, queue: str) -> QueueKeys:
         return QueueKeys(self._namespace, queue)
@@ -376,6 +339,7 @@ class _Open:
         self.publisher: Publisher = publisher
         self.keeper: Keeper = keeper
         self.receivers: set[RedisReceiver] = set()
+        self.names: list[CallNumbers] = []  # of receivers that were left
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def leave(self, receiver: RedisReceiver) -> None:
@@ -394,6 +358,10 @@ class _Open:
         task = asyncio.create_task(self._close())
         await asyncio.wait({task})
         task.result()
+
+    def abandon(self) -> None:
+        """Their loop is closed: end the thread. What their receivers hold is free when its lease ends."""
+        self.keeper.stop()
 
     async def _close(self) -> None:
         for receiver in self.receivers:

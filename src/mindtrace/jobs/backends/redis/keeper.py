@@ -73,16 +73,17 @@ class Keeper:
 
     async def aclose(self) -> None:
         """End the thread."""
-        thread, self._thread = self._thread, None
-        self._stopped = True
-        if thread is not None:
-            self._cancel()
+        if self.stop():
             # Without an executor to join it in: at the interpreter's exit there is none any more.
             await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=_CLOSE_WITHIN)
 
-    def _cancel(self) -> None:
-        if self._loop is not None and self._main is not None:
+    def stop(self) -> bool:
+        """Have the thread end. Returns whether it ran."""
+        thread, self._thread = self._thread, None
+        self._stopped = True
+        if thread is not None and self._loop is not None and self._main is not None:
             _call(self._loop, self._main.cancel)
+        return thread is not None
 
     def _tell(self) -> None:
         loop, changed = self._loop, self._changed
