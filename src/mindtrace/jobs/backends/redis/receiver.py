@@ -8,7 +8,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import zip_longest
 
 from mindtrace.jobs.backend import Home, Outages, Receiver
 from mindtrace.jobs.backends.redis.bell import Bell
@@ -16,13 +15,12 @@ from mindtrace.jobs.backends.redis.keys import QueueKeys
 from mindtrace.jobs.backends.redis.link import REPLY_WITHIN, Link
 from mindtrace.jobs.backends.redis.rounds import BATCH, CallNumbers, Claims, Round
 from mindtrace.jobs.backends.redis.scripts import Scripts
+from mindtrace.jobs.backends.redis.turns import Turns, in_turns
 from mindtrace.jobs.delivery import Delivery, Exchanged, Release, Settled, Settlement
 from mindtrace.jobs.errors import BackendUnavailable, Closed, LeaseLost
 
 LOOK = 1.0
 """Seconds between looks of its own, so that a lost ring costs latency and never a job."""
-AT_ONCE = 100
-"""Queues that one look takes in; of more, as many in turn."""
 _LEAVE_WITHIN = 2.0
 _TOGETHER = 0.05
 
@@ -65,13 +63,12 @@ class RedisReceiver(Receiver):
         self._claims = Claims(scripts, calls, lease, crash_limit)
         self._bell = Bell(bell, self._on_ring)
         self._keys = {one.queue: one for one in keys}
-        self._names = tuple(self._keys)
-        self._slots, self._strict, self._lost = slots, strict, lost
+        self._turns = Turns(self._keys, strict=strict)
+        self._slots, self._lost = slots, lost
         self._under_way: set[Round] = set()
         self._left: list[Delivery] = []  # taken for a caller who did not wait for them
         self._left_timer: asyncio.TimerHandle | None = None
         self._gone: set[str] = set()  # queues that were not there when last heard of
-        self._next = self._names[:AT_ONCE]  # queues to look at next, and to listen at until then
         self._looked, self._look_at = -math.inf, math.inf
         self._waiting: asyncio.Future[None] | None = None
         self._rung = self._nudged = self._ended = False
@@ -210,12 +207,12 @@ class RedisReceiver(Receiver):
         room = min(limit - len(deliveries), self._slots - len(self.held) + len(settling))
         asked: Sequence[str] = ()
         if room > 0:
-            asked, self._next = self._next, self._after(self._next)
+            asked = self._turns.take()
             self._looked, self._look_at = time.monotonic(), math.inf
         left: dict[str, int] = {}
         answers: dict[Delivery, Settled] = {}
         first = True
-        while (limits := self._limits(asked, left, room)) or (first and settling):
+        while (limits := self._turns.limits(asked, left, room)) or (first and settling):
             a_round = self._begin(settling if first else [], limits, waits=waits)
             try:
                 await a_round.answered(None if pairs else REPLY_WITHIN)
@@ -225,7 +222,7 @@ class RedisReceiver(Receiver):
                 raise
             first = False
             answers.update(a_round.settled)
-            taken = _in_turns([a_round.deliveries.get(name, []) for name in asked])
+            taken = in_turns([a_round.deliveries.get(name, []) for name in asked])
             deliveries += taken
             room -= len(taken)
             left.update(a_round.left)
@@ -237,30 +234,7 @@ class RedisReceiver(Receiver):
         settled: list[Settled] = []
         for delivery, _ in pairs:  # a second settlement of the same delivery finds nothing to settle
             settled.append(answers.pop(delivery, LeaseLost(delivery.message.id)))
-        return settled, tuple(name for name in self._names if name in self._gone)
-
-    def _after(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        """Those to look at after these: the next hundred, or all of them with another one first."""
-        names = self._names
-        if len(names) <= AT_ONCE:
-            return names if self._strict else asked[1:] + asked[:1]
-        return self._from(asked[-1], 1)
-
-    def _from(self, name: str, further: int = 0) -> tuple[str, ...]:
-        """A hundred from this one on."""
-        at = self._names.index(name) + further
-        return (self._names[at:] + self._names[:at])[:AT_ONCE]
-
-    def _limits(self, asked: Sequence[str], left: dict[str, int], room: int) -> dict[str, int]:
-        """How many to ask each queue for; `left` is what those asked before still had. Empty: there is no more."""
-        if room <= 0:
-            return {}
-        open_ = [name for name in asked if left.get(name, 1) > 0]
-        if self._strict:
-            return {open_[0]: room} if open_ else {}
-        each, more = divmod(room, len(open_) or 1)
-        limits = {name: each + (index < more) for index, name in enumerate(open_)}
-        return {name: limit for name, limit in limits.items() if limit > 0}
+        return settled, tuple(name for name in self._keys if name in self._gone)
 
     def _begin(
         self, pairs: _Pairs, limits: dict[str, int], *, waits: bool = False, deadline: float | None = None
@@ -352,12 +326,12 @@ class RedisReceiver(Receiver):
         self._waiting, self._rung = self.loop.create_future(), False
         timer = self.loop.call_later(max(0.0, until - time.monotonic()), self._wake)
         if has_room:
-            self._bell.listen([self._keys[name] for name in self._next])
+            self._bell.listen([self._keys[name] for name in self._turns.next])
         try:
             await self._waiting
         except asyncio.CancelledError:
             if self._rung:
-                self._pass_on(self._next[0])
+                self._pass_on(self._turns.next[0])
             raise
         finally:
             self._waiting = None
@@ -372,8 +346,8 @@ class RedisReceiver(Receiver):
     def _on_ring(self, queue: str | None) -> None:
         if self._waiting is not None and self._slots > len(self.held):
             self._rung = True
-            if queue is not None and queue not in self._next:  # it was listened at before the look went on
-                self._next = self._from(queue)
+            if queue is not None and queue not in self._turns.next:  # it was listened at before the look went on
+                self._turns.begin_with(queue)
             self._wake()
         elif queue is not None:
             self._pass_on(queue)
@@ -387,10 +361,3 @@ class RedisReceiver(Receiver):
         delivery.lost = True
         if self._lost is not None:
             self.loop.call_soon(self._lost, delivery)
-
-
-def _in_turns(lists: Sequence[list[Delivery]]) -> list[Delivery]:
-    """The first of each, then the second of each, ..."""
-    if len(lists) == 1:
-        return lists[0]
-    return [delivery for ranks in zip_longest(*lists) for delivery in ranks if delivery is not None]
