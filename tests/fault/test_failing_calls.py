@@ -369,11 +369,15 @@ def assert_worked(world: "World", backend: FailingAt, found: "Found", does: Sequ
 
 
 async def until_it_ends(world: "World", **options: Any) -> None:
-    """What a supervisor does: start a worker again if it could not begin."""
+    """What a supervisor does: start a worker again if it could not begin.
+
+    Its status is 1 only where its last settlements were what broke: those jobs come back.
+    """
 
     async def once() -> None:
         worker, _ = world.worker(**options)
-        assert await worker.run() == 0
+        status = await worker.run()
+        assert status == 0 or (worker.released and world.backend.struck == "exchange")
 
     async with asyncio.timeout(PATIENCE):
         await insisting(once)

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from mindtrace.jobs import Closed, ConfigError, Done, LeaseLost, QueueFull, QueueSpec, RedisBackend, Retry
+from mindtrace.jobs import (
+    BackendUnavailable,
+    Closed,
+    ConfigError,
+    Done,
+    LeaseLost,
+    QueueFull,
+    QueueSpec,
+    RedisBackend,
+    Retry,
+)
 from mindtrace.jobs.testing import FaultProxy, brokers
 from mindtrace.jobs.testing.brokers import Broker
 from mindtrace.jobs.wire import Message
@@ -325,3 +335,28 @@ async def test_a_loop_that_stands_still_for_longer_than_it_may_loses_its_jobs_an
             await asyncio.to_thread(thread.join)
     assert [delivery.message.id for delivery in found] == (["a"] if stalled else [])
     assert isinstance(answers[0], LeaseLost) == stalled
+
+
+# --- an outage
+
+
+async def test_a_settlement_behind_a_call_without_an_answer_is_told_when_its_lease_has_ended(
+    redis_url: str, namespace: str
+) -> None:
+    """And not a whole lease later: the receive loop that waits for it would seem dead."""
+    async with FaultProxy.to(redis_url) as proxy:
+        backend = RedisBackend.from_url(proxy.url(redis_url), namespace=namespace)
+        await backend.open()
+        await backend.declare(QueueSpec("jobs"))
+        await backend.publish("jobs", messages("a"))
+        async with backend.receiver(["jobs"], slots=2, lease=6.0, keep=False) as receiver:
+            [delivery] = await receiver.receive(1, wait=5.0)
+            proxy.refuse()
+            proxy.reset()
+            look = asyncio.create_task(receiver.receive(1))
+            await asyncio.sleep(0.05)
+            look.cancel()
+            async with asyncio.timeout(9):
+                [answer] = (await receiver.exchange([(delivery, Done())], 0)).settled
+            assert isinstance(answer, BackendUnavailable)
+        await backend.aclose()

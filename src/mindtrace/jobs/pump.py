@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from random import Random
 
 from mindtrace.jobs.accounts import Accounts
 from mindtrace.jobs.ahead import LONG, Ahead
 from mindtrace.jobs.backend import NO_OUTAGES, Receiver
-from mindtrace.jobs.delivery import Delivery, Done, Release
+from mindtrace.jobs.delivery import Delivery, Done, Exchanged, Release, Settled
 from mindtrace.jobs.errors import (
     AuthenticationFailed,
     BackendUnavailable,
@@ -89,6 +89,7 @@ class Pump:
         self._routes, self._ahead = routes, ahead
         self.receiver: Receiver | None = None
         """While it runs."""
+        self._bound: asyncio.Timeout | None = None  # of the exchange under way
         self._patience: asyncio.TimerHandle | None = None
         self._extra = {"worker": worker}
         self._taken = 0
@@ -112,6 +113,7 @@ class Pump:
     def stop(self, drain: float) -> None:
         """Take no more, and let what runs end within so many seconds."""
         self.stopping = time.monotonic() + drain
+        self._bound_by(self.stopping)
         self._hand_back_waiting()
         self.nudge()
 
@@ -149,13 +151,17 @@ class Pump:
                 wait = 0.0
             self.pulse.asks(bool(finished), wait)
             try:
-                exchanged = await receiver.exchange([(f.delivery, f.settlement) for f in finished], room, wait=wait)
+                exchanged = await self._exchange(receiver, finished, room, wait)
+                outage = _outage_of(exchanged)
             except AuthenticationFailed:
                 raise  # it would be refused again
             except BackendUnavailable as error:
+                exchanged, outage = Exchanged([], []), error
+            if outage is not None:
                 failures += 1
                 self.pulse.failed()
-                self._note_failure(error)
+                self._note_failure(outage)
+                await self._account(finished, exchanged.settled)
                 await asyncio.sleep(self._random.uniform(0.1, min(LONGEST_PAUSE, 0.2 * 2 ** min(failures, 6))))
                 continue
             failures = 0
@@ -165,7 +171,7 @@ class Pump:
             if exchanged.deliveries:
                 refused = await self._begin(receiver, exchanged.deliveries)
             if finished:
-                await self.accounts.settled(finished, exchanged.settled)
+                await self._account(finished, exchanged.settled)
             if exchanged.missing:
                 raise QueueNotFound(exchanged.missing[0])
             if exchanged.deliveries:
@@ -175,6 +181,34 @@ class Pump:
             looked = room > 0 and not (stopping or finished or self.runs.finished)
             if options.until_idle and looked and self.runs.all_given_up():
                 self._drain()  # there was room for a job, and there was none
+
+    async def _exchange(self, receiver: Receiver, finished: list[Finished], room: int, wait: float) -> Exchanged:
+        """Settle and take. Who stops waits for the answer until the drain is over, and 2 s at least."""
+        pairs = [(end.delivery, end.settlement) for end in finished]
+        try:
+            async with asyncio.timeout(None) as self._bound:
+                if self.stopping is not None:
+                    self._bound_by(self.stopping)
+                return await receiver.exchange(pairs, room, wait=wait)
+        except TimeoutError:
+            unknown = BackendUnavailable("no answer from the broker until the worker had to end")
+            return Exchanged([unknown for _ in pairs], [])
+        finally:
+            self._bound = None
+
+    def _bound_by(self, stopping: float) -> None:
+        if self._bound is not None and not self._bound.expired():
+            left = max(stopping - time.monotonic(), _SETTLE_TIMEOUT)
+            self._bound.reschedule(asyncio.get_running_loop().time() + left)
+
+    async def _account(self, finished: Sequence[Finished], answers: Sequence[Settled]) -> None:
+        """Of what is not settled as the worker stops nobody knows: it comes back when its lease ends."""
+        if self.stopping is not None:
+            self.runs.released += sum(
+                isinstance(answer, BackendUnavailable) and not isinstance(end.settlement, Release)
+                for end, answer in zip(finished, answers, strict=False)
+            )
+        await self.accounts.settled(finished[: len(answers)], answers)
 
     def _note_failure(self, error: BackendUnavailable) -> None:
         """Once for all tries until there is an answer: an outage may last for days."""
@@ -328,12 +362,21 @@ class Pump:
     async def _settle_last(self, receiver: Receiver) -> None:
         finished, self.runs.finished = self.runs.finished, []
         if finished:
+            answers: Sequence[Settled] = [BackendUnavailable("no answer from the broker in time") for _ in finished]
             with suppress(TimeoutError, BackendUnavailable, Closed):
                 async with asyncio.timeout(_SETTLE_TIMEOUT):
-                    exchanged = await receiver.exchange([(f.delivery, f.settlement) for f in finished], 0)
-                    await self.accounts.settled(finished, exchanged.settled)
+                    answers = (await receiver.exchange([(f.delivery, f.settlement) for f in finished], 0)).settled
+            await self._account(finished, answers)
         await self.accounts.tell()
 
 
 def _is_suspect(delivery: Delivery) -> bool:
     return delivery.crashes >= SUSPECT_CRASHES
+
+
+def _outage_of(exchanged: Exchanged) -> BackendUnavailable | None:
+    """Why nothing of it reached the broker, if nothing did."""
+    if exchanged.deliveries or exchanged.missing or not exchanged.settled:
+        return None
+    errors = [answer for answer in exchanged.settled if isinstance(answer, BackendUnavailable)]
+    return errors[0] if len(errors) == len(exchanged.settled) else None

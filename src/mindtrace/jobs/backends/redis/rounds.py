@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 __all__ = ["BATCH", "CallNumbers", "Claims", "Round"]
 
+_AT_LEAST = 1.0  # seconds that the server has for a call, also for one that waited for its turn
 _REMEMBERED = 280.0  # seconds for which a call may be repeated: the server forgets its answer after 300
 
 _Pairs = Sequence[tuple[Delivery, Settlement]]
@@ -174,7 +175,7 @@ class Claims:
         """
         a_round.unanswered = len(calls)
         for call in calls:
-            send = partial(self._send_one, a_round, call, waits, deadline)
+            send = partial(self._send_one, a_round, call, waits, deadline or self._deadline_of(call))
             if call.keys.queue in self._behind:
                 self._behind[call.keys.queue].append(send)
             else:
@@ -187,18 +188,22 @@ class Claims:
         else:
             del self._behind[queue]
 
-    def _send_one(self, a_round: Round, call: _Call, waits: bool, deadline: float | None) -> None:
+    def _deadline_of(self, call: _Call) -> float:
+        """When the leases at stake have ended; from the moment it was asked for, however long it waits for its turn."""
+        now = time.monotonic()
+        ends = [now + REPLY_WITHIN, *(delivery.deadline for delivery in call.settling)]
+        if call.limit:
+            ends.append(now + self._lease)
+        return min(max(ends), now + _REMEMBERED)
+
+    def _send_one(self, a_round: Round, call: _Call, waits: bool, deadline: float) -> None:
         keys, in_order = call.keys, call.settling
         words = (
             self._calls.name, self._calls.next(), call.limit, milliseconds(self._lease), self._crash_limit,
             os.urandom(8).hex(), LARGEST_BODY, int(waits), *call.words,
         )  # fmt: skip
         now = time.monotonic()
-        if deadline is None:
-            deadline = max([now + REPLY_WITHIN, *(delivery.deadline for delivery in in_order)])
-            if call.limit:
-                deadline = max(deadline, now + self._lease)
-            deadline = min(deadline, now + _REMEMBERED)
+        deadline = max(deadline, now + _AT_LEAST)
 
         def answer(reply: Any, error: BaseException | None) -> None:
             if error is not None:
