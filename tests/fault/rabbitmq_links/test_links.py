@@ -351,3 +351,20 @@ async def test_a_run_that_takes_longer_than_the_server_allows_loses_its_lease(
                 assert await second.settle([(taken[0], Done())]) == [None]
     finally:
         await configure(1800.0, 60.0)
+
+
+async def test_a_publish_ends_in_time_also_where_the_loop_stands_still_again_and_again(
+    proxy: FaultProxy, opened: Opened
+) -> None:
+    backend = await opened(proxy)
+    assert await backend.publish("jobs", messages("before")) == ["stored"]
+    proxy.refuse()
+    proxy.reset()
+    publishing = asyncio.create_task(backend.publish("jobs", messages("a")))
+    for _ in range(20):
+        time.sleep(1.2)  # noqa: ASYNC251 (which nobody should do)
+        await asyncio.sleep(0)
+        if publishing.done():
+            break
+    assert publishing.done()
+    assert [type(outcome) for outcome in await publishing] == [BackendUnavailable]

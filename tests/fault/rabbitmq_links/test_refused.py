@@ -1,18 +1,25 @@
 """Who may not come in is told so clearly, and no password is to be read anywhere."""
 
+import asyncio
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from urllib.parse import quote
 
 import pytest
 
 from mindtrace.jobs import AuthenticationFailed, BackendUnavailable, ConfigError, JobsError, QueueSpec, RabbitMQBackend
 from mindtrace.jobs.testing.brokers import Broker
+from mindtrace.jobs.testing.proxy import FaultProxy
 from mindtrace.jobs.wire import Message
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.rabbitmq]
 
+Ctl = Callable[[str], Awaitable[str]]
+Opened = Callable[..., Awaitable[RabbitMQBackend]]
+USER = '<<"user">>, <<"/">>'
+CLOSE_ALL = '[rabbit_networking:close_connection(P, "test") || P <- rabbit_networking:connections()]'
 CANARY = "c4n4ry/p@ss:w%rd"  # has to be quoted in a URL
 QUOTED = quote(CANARY, safe="")
 
@@ -98,3 +105,74 @@ async def test_what_is_refused_by_name_is_a_matter_of_permission(broker: Broker,
         assert isinstance(outcome, JobsError)
     finally:
         await backend.aclose()
+
+
+@asynccontextmanager
+async def kept_out(ctl: Ctl, how: str) -> AsyncIterator[None]:
+    """Nobody is let in, and all who are in are thrown out; until the end."""
+    no, yes = {
+        "connection limit": (
+            'rabbit_vhost_limit:parse_set(<<"/">>, <<"{\\"max-connections\\": 0}">>, <<"test">>)',
+            'rabbit_vhost_limit:clear(<<"/">>, <<"test">>)',
+        ),
+        "permissions": (
+            f'rabbit_auth_backend_internal:clear_permissions({USER}, <<"test">>)',
+            f'rabbit_auth_backend_internal:set_permissions({USER}, <<".*">>, <<".*">>, <<".*">>, <<"test">>)',
+        ),
+    }[how]
+    await ctl(no)
+    try:
+        await ctl(CLOSE_ALL)
+        yield
+    finally:
+        await ctl(yes)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        pytest.param("connection limit", BackendUnavailable, marks=pytest.mark.chaos),  # a publish waits for 10 s
+        ("permissions", AuthenticationFailed),
+    ],
+)
+async def test_who_was_in_and_is_kept_out_for_a_while_is_in_again_when_that_is_over(
+    opened: Opened, ctl: Ctl, how: str, told: type[BackendUnavailable]
+) -> None:
+    """A limit is an outage, for which a receiver waits; that this user may not is told to every call."""
+    backend = await opened()
+    assert await backend.publish("jobs", [Message("before", b"{}")]) == ["stored"]
+    async with backend.receiver(["jobs"], slots=3) as receiver:
+        async with kept_out(ctl, how):
+            async with asyncio.timeout(15):
+                [outcome] = await backend.publish("jobs", [Message("kept-out", b"{}")])
+            assert type(outcome) is told
+            assert "NOT_ALLOWED - access to vhost" in str(outcome)
+            assert outcome.outcome == "not_done"
+        async with asyncio.timeout(10):
+            while await backend.publish("jobs", [Message("after", b"{}")]) != ["stored"]:  # noqa: ASYNC110 (no bell)
+                await asyncio.sleep(0.05)
+            found: list[str] = []
+            while len(found) < 2:
+                try:
+                    found += [delivery.message.id for delivery in await receiver.receive(3, wait=1.0)]
+                except BackendUnavailable:
+                    await asyncio.sleep(0.05)
+        assert sorted(found) == ["after", "before"]
+
+
+async def test_of_what_was_sent_and_not_confirmed_nobody_knows_whoever_is_kept_out_then(
+    proxy: FaultProxy, opened: Opened, ctl: Ctl
+) -> None:
+    backend, straight = await opened(proxy), await opened()
+    assert await backend.publish("jobs", [Message("before", b"{}")]) == ["stored"]
+    proxy.down.black_hole()
+    publishing = asyncio.create_task(backend.publish("jobs", [Message("sent", b"{}")]))
+    async with asyncio.timeout(10):
+        while (await straight.depth("jobs")).ready < 2:  # noqa: ASYNC110 (a depth rings no bell)
+            await asyncio.sleep(0.02)
+        async with kept_out(ctl, "permissions"):
+            proxy.reset()
+            proxy.calm()
+            [outcome] = await publishing
+    assert isinstance(outcome, AuthenticationFailed)
+    assert (outcome.outcome, outcome.job_ids) == ("unknown", ("sent",))

@@ -727,3 +727,19 @@ async def test_a_ring_for_a_caller_who_went_away_wakes_another(server: "Server",
             [delivery] = await staying
             assert time.monotonic() - began < 0.5
             assert await there.settle([(delivery, Done())]) == [None]
+
+
+async def test_a_publish_ends_in_time_also_where_the_loop_stands_still_again_and_again(server: "Server") -> None:
+    backend = RedisBackend(port=server.port)
+    await backend.open()
+    await backend.declare(QueueSpec("jobs"))
+    server.broker.kill()
+    publishing = asyncio.create_task(backend.publish("jobs", [Message("a", b"{}")]))
+    for _ in range(20):
+        time.sleep(1.2)  # noqa: ASYNC251 (which nobody should do)
+        await asyncio.sleep(0)
+        if publishing.done():
+            break
+    assert publishing.done()
+    assert [type(outcome) for outcome in await publishing] == [BackendUnavailable]
+    await backend.aclose()

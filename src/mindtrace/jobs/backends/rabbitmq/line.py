@@ -34,7 +34,8 @@ _METHOD = 1
 _HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 _CLOSE, _BLOCKED, _UNBLOCKED = b"\x00\x0a\x00\x32", b"\x00\x0a\x00\x3c", b"\x00\x0a\x00\x3d"  # class 10: 50, 60, 61
 _SILENT = 3  # heartbeats
-_CHANNELS = 2000  # below the server's limit of 2047
+_CHANNELS = 2000  # below the limit of 2047 that a server has unless it is set up otherwise
+_NOT_ALLOWED = 530
 
 
 class Line:
@@ -51,6 +52,7 @@ class Line:
         self.lost.add_done_callback(self._on_lost)
         self._channels: dict[int, Channel] = transport.channels
         self._last = 0
+        self._most = min(connection.connection_tune.channel_max or _CHANNELS, _CHANNELS)
         self._frame_max: int = connection.connection_tune.frame_max or 131072
         version = connection.server_properties.get("version", "")
         self.version: str = version if isinstance(version, str) else ""
@@ -80,7 +82,7 @@ class Line:
         except BaseException as error:
             transport.abort()
             connection.closing.cancel()
-            ours = _ours(error, address)
+            ours = _ours(error, address, transport.refusal)
             if ours is None:
                 raise
             raise ours from error
@@ -100,11 +102,11 @@ class Line:
         """
         if self.lost.done():
             raise BackendUnavailable("the connection to RabbitMQ is lost")
-        if len(self._channels) >= _CHANNELS:
-            raise BackendUnavailable(f"{_CHANNELS} channels are open on one connection to RabbitMQ")
-        self._last = self._last % _CHANNELS + 1
+        if len(self._channels) >= self._most:
+            raise BackendUnavailable(f"{self._most} channels are open on one connection to RabbitMQ, which is the most")
+        self._last = self._last % self._most + 1
         while self._last in self._channels:
-            self._last = self._last % _CHANNELS + 1
+            self._last = self._last % self._most + 1
         channel = Channel(self._last, self._frame_max, self._transport.write, self._forget)
         self._channels[self._last] = channel
         try:
@@ -149,7 +151,7 @@ class _Transport(TransportFactory):
         self.heard: float = 0.0  # when anything last came, by the loop's clock
         self._context = context
         self._watching: asyncio.TimerHandle | None = None
-        self._said: BaseException | None = None
+        self.refusal: commands.Connection.Close | None = None  # what the server said before it closed
         self._transport: asyncio.Transport | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -202,13 +204,13 @@ class _Transport(TransportFactory):
             with suppress(PAMQPException, ValueError):
                 _, _, close = unmarshal(frame)
                 if isinstance(close, commands.Connection.Close):
-                    self._said = ConnectionError(close.reply_text)
+                    self.refusal = close
 
     def end(self, why: BaseException | None) -> None:
         if self._watching is not None:
             self._watching.cancel()
         if not self.lost.done():
-            self.lost.set_result(self._said or why)
+            self.lost.set_result(why if self.refusal is None else ConnectionError(self.refusal.reply_text))
             if self._transport is not None:
                 self._transport.abort()
 
@@ -259,15 +261,21 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self._ours.end(exc)
 
 
-def _ours(error: BaseException, address: Address) -> BackendUnavailable | None:
+def _ours(
+    error: BaseException, address: Address, refusal: commands.Connection.Close | None
+) -> BackendUnavailable | None:
     """What to raise for it; None for what is not about the connection."""
     if isinstance(error, ProbableAuthenticationError | AuthenticationError):
         return AuthenticationFailed(f"RabbitMQ at {address} refuses the login: {said(error)}")
-    if isinstance(error, InvalidFrameError) and "Connection.OpenOk" in str(error):
-        return AuthenticationFailed(
-            f"RabbitMQ at {address} refuses the virtual host {address.virtual_host!r}: there is none of that name, or "
-            "this user may not use it"
-        )
+    if isinstance(error, InvalidFrameError) and refusal is not None:
+        text = " ".join(str(refusal.reply_text).split())[:400]
+        # A limit of connections that is reached, and a virtual host that is just starting (541), are for now.
+        if refusal.reply_code == _NOT_ALLOWED and not text.endswith("is reached"):
+            return AuthenticationFailed(
+                f"RabbitMQ at {address} refuses the virtual host {address.virtual_host!r}: there is none of that name, "
+                f"or this user may not use it ({text})"
+            )
+        return BackendUnavailable(f"RabbitMQ at {address} takes no connection now: {text}")
     # A handshake that ends too early can raise StopAsyncIteration.
     if isinstance(error, AMQPError | OSError | EOFError | TimeoutError | StopAsyncIteration | RuntimeError):
         return BackendUnavailable(f"no RabbitMQ at {address}: {said(error)}")

@@ -3,7 +3,7 @@
 connect --> up --lost, silent--> wait (full jitter) --> connect
    |                                                       ^
    +-- refused, no answer ---------------------------------+
-   +-- wrong login --> failed for good
+   +-- wrong login --> failed, until somebody asks again a second later
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, Clos
 _log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE = 1.5  # between two tries to connect, so that work goes on within 2 s of the server's return
+_KNOCK_AGAIN_AFTER = 1.0
 _USEFUL = 1.0  # seconds for which a line has to hold until a failure after it counts as the first
 
 
@@ -54,11 +55,14 @@ class Link:
         self._role, self._random, self._on_up, self._quiet = role, random, on_up, quiet
         self._changed = asyncio.Event()
         self._failed: AuthenticationFailed | None = None
+        self._failed_at = 0.0
         self._closing = False
         self._supervisor: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to connect, from the running loop."""
+        """Begin to connect, from the running loop; where the login was refused, again after a second."""
+        if self._failed is not None and time.monotonic() - self._failed_at > _KNOCK_AGAIN_AFTER:
+            self._failed = self._supervisor = None
         if self._supervisor is None and not self._closing:
             self._supervisor = asyncio.create_task(self._supervise(), name=f"mindtrace-jobs rabbitmq {self._role}")
 
@@ -71,6 +75,8 @@ class Link:
             Closed: the link is closed.
         """
         deadline = time.monotonic() + within
+        if self._failed is not None:
+            self.start()
         while self.line is None and self._failed is None and not self._closing:
             self._changed.clear()
             try:
@@ -93,7 +99,7 @@ class Link:
 
     @property
     def failed(self) -> AuthenticationFailed | None:
-        """Why nobody tries any more to connect."""
+        """Why nobody tries to connect."""
         return self._failed
 
     async def aclose(self) -> None:
@@ -111,7 +117,7 @@ class Link:
             try:
                 line = await Line.connect(self.address, self._role)
             except AuthenticationFailed as error:
-                self._failed = error
+                self._failed, self._failed_at = error, time.monotonic()
                 self._changed.set()
                 return
             except BackendUnavailable as error:

@@ -35,6 +35,7 @@ _WINDOW = 1000
 _WINDOW_BYTES = 16 * 1024 * 1024
 _TOGETHER = 256 * 1024  # bytes in one write
 _TICK = 0.1
+_STOOD_STILL = 1.0  # seconds that the loop is late
 _AFTER_A_REFUSAL = 0.05
 _PERSISTENT = 2
 
@@ -99,6 +100,7 @@ class Outbox:
         self._flushing: asyncio.Handle | None = None
         self._ticking: asyncio.TimerHandle | None = None
         self._tick_due = 0.0
+        self._is_reading = False
         self._serving: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -109,15 +111,15 @@ class Outbox:
             future.set_result([])
         elif self._closed:
             future.set_result([Closed("the connection to RabbitMQ is closed") for _ in postings])
-        elif self.link.failed is not None:
-            future.set_result([self.link.failed for _ in postings])
         else:
-            self.link.start()
+            self.link.start()  # also where the login was refused: it may be right by now
             batch = _Batch(len(postings), deadline, future)
             self._waiting.extend(_Entry(posting, batch, index) for index, posting in enumerate(postings))
             self._flush_soon()
             if self._ticking is None:
                 self._tick_soon()
+            if self.link.failed is not None:
+                self._fail_all(self.link.failed)
         return future
 
     async def aclose(self) -> None:
@@ -285,27 +287,39 @@ class Outbox:
 
     # --- time
 
-    def _tick_soon(self) -> None:
-        self._tick_due = self._loop.time() + _TICK
+    def _tick_soon(self, pause: float = _TICK) -> None:
+        self._tick_due = self._loop.time() + pause
         self._ticking = self._loop.call_at(self._tick_due, self._tick)
 
     def _tick(self) -> None:
         """While anything waits: give up what is over its time."""
         self._ticking = None
-        if self._loop.time() - self._tick_due < 1.0:  # else the loop stood still, and what came has yet to be read
-            failed = self.link.failed
+        if self._loop.time() - self._tick_due > _STOOD_STILL and not self._is_reading:
+            self._is_reading = True  # what came meanwhile, in this turn: then look again
+            self._tick_soon(0.0)
+            return
+        self._is_reading = False
+        if self.link.failed is not None:
+            self._fail_all(self.link.failed)
+        else:
             now = time.monotonic()
             for entry in [*self._pending.values(), *self._waiting]:
-                if entry.done:
-                    continue
-                if failed is not None:
-                    self._resolve(entry, failed)
-                elif entry.batch.deadline <= now:
+                if entry.batch.deadline <= now:
                     self._fail(entry, self._why_late())
-            if failed is not None or (self._waiting and self._waiting[0].done):
+            if self._waiting and self._waiting[0].done:
                 self._waiting = deque(entry for entry in self._waiting if not entry.done)
         if self._waiting or any(not entry.done for entry in self._pending.values()):
             self._tick_soon()
+
+    def _fail_all(self, why: AuthenticationFailed) -> None:
+        """The login is refused."""
+        for entry in [*self._pending.values(), *self._waiting]:
+            if not entry.done:
+                job_ids = [entry.posting.headers.get("mtj-id", "")]
+                error = AuthenticationFailed(str(why), maybe_published=entry.sent, job_ids=job_ids)
+                error.__cause__ = why.__cause__
+                self._resolve(entry, error)
+        self._waiting.clear()
 
     def _why_late(self) -> str:
         line = self.link.line

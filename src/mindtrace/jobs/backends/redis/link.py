@@ -3,7 +3,7 @@
     connect --> up --lost, silent, read-only, loading--> wait (full jitter) --> connect
        |                                                                          ^
        +-- refused, no answer ----------------------------------------------------+
-       +-- wrong login --> failed for good
+       +-- wrong login --> failed, until somebody asks again a second later
 
 Everything sent here may be executed twice without harm: that is for the scripts to see to.
 """
@@ -42,8 +42,10 @@ REPLY_WITHIN = 5.0
 """Seconds that the server may be silent while an answer is due."""
 _NOT_ALLOWED = ("NOAUTH", "WRONGPASS", "executing the script can't", "ACL failure in script")
 _TICK = 0.1
+_STOOD_STILL = 1.0  # seconds that the loop is late
 _LATER = 0.5
 _SLOW = 1024 * 1024  # bytes a second that a connection is given to carry what was sent
+_KNOCK_AGAIN_AFTER = 1.0
 _LONGEST_PAUSE = 1.5  # between two tries to connect, so that work goes on within 2 s of the server's return
 _NOT_NOW = (ReadOnlyError, TryAgainError, ClusterDownError)  # MASTERDOWN is a kind of the last one
 _TRY_AGAIN = ("BUSY", "LOADING", "MASTERDOWN", "UNBLOCKED", "NOREPLICAS")
@@ -75,12 +77,14 @@ class Link:
         self._later_at = 0.0
         self._full_at = -math.inf  # when it last refused one
         self._failed: JobsError | None = None
+        self._failed_at = 0.0
         self._tried = asyncio.Event()
         self._why: BaseException | None = None
         self._silent = self._replies = 0
         self._useful = False  # whether the line that is or was has brought an answer
         self._ticking: asyncio.TimerHandle | None = None
         self._tick_due = 0.0
+        self._is_reading = False
         self._closing = False
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -90,8 +94,10 @@ class Link:
         return self._line is not None
 
     def start(self) -> None:
-        """Begin to connect, from the running loop."""
-        if self._supervisor is None:
+        """Begin to connect, from the running loop; where the login was refused, again after a second."""
+        if self._failed is not None and time.monotonic() - self._failed_at > _KNOCK_AGAIN_AFTER:
+            self._failed = self._supervisor = None
+        if self._supervisor is None and not self._closing:
             self._supervisor = asyncio.create_task(self._supervise(), name=f"mindtrace-jobs redis {self._role}")
 
     async def until_connected(self, within: float) -> None:
@@ -142,6 +148,8 @@ class Link:
         request = Request(
             words, answer, deadline, patience=patience, again=again, fallback=fallback, waits_out=waits_out
         )
+        if self._failed is not None:
+            self.start()
         if self._closing or self._supervisor is None:
             answer(None, Closed("the connection to Redis is closed"))
         elif self._failed is not None:
@@ -302,6 +310,7 @@ class Link:
     def _refused(self, error: BaseException) -> None:
         self._failed = AuthenticationFailed(f"Redis at {self.address} refuses the login: {_said(error)}")
         self._failed.__cause__ = error
+        self._failed_at = time.monotonic()
         self._tried.set()
         waiting, self._backlog = self._backlog, deque()
         for request in waiting:
@@ -323,9 +332,9 @@ class Link:
 
     # --- time
 
-    def _tick_soon(self) -> None:
+    def _tick_soon(self, pause: float = _TICK) -> None:
         loop = asyncio.get_running_loop()
-        self._tick_due = loop.time() + _TICK
+        self._tick_due = loop.time() + pause
         self._ticking = loop.call_at(self._tick_due, self._tick)
 
     def _tick(self) -> None:
@@ -334,19 +343,22 @@ class Link:
         waiting = self._unanswered()
         if not waiting:
             return
-        late = asyncio.get_running_loop().time() - self._tick_due
-        if late < 1.0:  # else the loop stood still, and what came meanwhile has yet to be read
-            now = time.monotonic()
-            for request in waiting:
-                if request.deadline <= now:
-                    self._fail(request, f"its time is over ({_said(self._why)})" if self._why else "its time is over")
-            self._backlog = deque(request for request in self._backlog if not request.done)
-            self._watch_line()
-            if self._line is not None and self._later and now >= self._later_at:
-                later, self._later = self._later, []
-                self._backlog.extend(later)
-                if not self._redo:
-                    self._send_backlog()
+        if asyncio.get_running_loop().time() - self._tick_due > _STOOD_STILL and not self._is_reading:
+            self._is_reading = True  # what came meanwhile, in this turn: then look again
+            self._tick_soon(0.0)
+            return
+        self._is_reading = False
+        now = time.monotonic()
+        for request in waiting:
+            if request.deadline <= now:
+                self._fail(request, f"its time is over ({_said(self._why)})" if self._why else "its time is over")
+        self._backlog = deque(request for request in self._backlog if not request.done)
+        self._watch_line()
+        if self._line is not None and self._later and now >= self._later_at:
+            later, self._later = self._later, []
+            self._backlog.extend(later)
+            if not self._redo:
+                self._send_backlog()
         self._tick_soon()
 
     def _watch_line(self) -> None:
