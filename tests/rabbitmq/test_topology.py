@@ -30,7 +30,7 @@ NewWorld = Callable[..., Awaitable["World"]]
 pytestmark = [pytest.mark.anyio, pytest.mark.rabbitmq]
 
 NO_LIMIT = 2**31 - 1
-DEAD = {"x-queue-type": "quorum", "x-delivery-limit": NO_LIMIT}
+DEAD = {"x-queue-type": "quorum", "x-delivery-limit": NO_LIMIT, "x-overflow": "reject-publish"}
 HOLD = DEAD | {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
 
 

@@ -5,11 +5,22 @@ import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Literal
 from urllib.parse import quote
 
 import pytest
 
-from mindtrace.jobs import AuthenticationFailed, BackendUnavailable, ConfigError, JobsError, QueueSpec, RabbitMQBackend
+from mindtrace.jobs import (
+    AuthenticationFailed,
+    BackendUnavailable,
+    ConfigError,
+    Dead,
+    Delivery,
+    JobsError,
+    QueueSpec,
+    RabbitMQBackend,
+)
+from mindtrace.jobs.delivery import DeadFilter
 from mindtrace.jobs.testing.brokers import Broker
 from mindtrace.jobs.testing.proxy import FaultProxy
 from mindtrace.jobs.wire import Message
@@ -176,3 +187,45 @@ async def test_of_what_was_sent_and_not_confirmed_nobody_knows_whoever_is_kept_o
             [outcome] = await publishing
     assert isinstance(outcome, AuthenticationFailed)
     assert (outcome.outcome, outcome.job_ids) == ("unknown", ("sent",))
+
+
+@asynccontextmanager
+async def limited(ctl: Ctl, namespace: str) -> AsyncIterator[None]:
+    """An operator has all queues hold three messages."""
+    three = f'<<"^{namespace}:">>, <<"{{\\"max-length\\": 3}}">>, <<"0">>, <<"queues">>, <<"test">>'
+    await ctl(f'rabbit_policy:parse_set(<<"/">>, <<"test">>, {three})')
+    try:
+        yield
+    finally:
+        await ctl('rabbit_policy:delete(<<"/">>, <<"test">>, <<"test">>)')
+
+
+@pytest.mark.parametrize("kind", ["fifo", "priority"])
+async def test_where_a_policy_limits_all_queues_nothing_that_is_stored_is_dropped_for_what_comes(
+    opened: Opened, ctl: Ctl, namespace: str, kind: Literal["fifo", "priority"]
+) -> None:
+    """Neither of the jobs nor of the dead letters: who has no room for it is told, and the job comes again."""
+    backend = await opened()
+    await backend.declare(QueueSpec("other", kind))
+    ids = [f"j{number}" for number in range(20)]
+    assert await backend.publish("other", [Message(one, b"{}") for one in ids]) == ["stored"] * 20
+    unsettled: set[str] = set()
+    async with backend.receiver(["other"], slots=20, crash_limit=50) as receiver:
+        deliveries: list[Delivery] = []
+        while len(deliveries) < 20:
+            deliveries += await receiver.receive(20, wait=5.0)
+        async with limited(ctl, namespace):
+            for delivery in deliveries:
+                [answer] = (await receiver.exchange([(delivery, Dead("rejected"))], 0)).settled
+                if answer is not None:
+                    assert "full, by a policy" in str(answer)
+                    unsettled.add(delivery.message.id)
+            died = {one.message.id for one in (await backend.dead_letters("other").list(DeadFilter())).records}
+    assert unsettled
+    assert died
+    assert (died | unsettled, died & unsettled) == ({*ids}, set())
+    async with backend.receiver(["other"], slots=20) as receiver, asyncio.timeout(20):
+        again: list[str] = []
+        while len(again) < len(unsettled):
+            again += [delivery.message.id for delivery in await receiver.receive(20, wait=5.0)]
+    assert sorted(again) == sorted(unsettled)

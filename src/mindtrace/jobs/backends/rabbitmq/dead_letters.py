@@ -19,7 +19,7 @@ from mindtrace.jobs.backends.rabbitmq.admin import Admin
 from mindtrace.jobs.backends.rabbitmq.channels import Content
 from mindtrace.jobs.backends.rabbitmq.counts import counts_of, death_of, dicts_of, errors_of, headers_of, id_of
 from mindtrace.jobs.backends.rabbitmq.lane import Lane
-from mindtrace.jobs.backends.rabbitmq.outbox import Outbox, Posting
+from mindtrace.jobs.backends.rabbitmq.outbox import REFUSED, Outbox, Posting
 from mindtrace.jobs.backends.rabbitmq.topology import LEVELS, Topology
 from mindtrace.jobs.delivery import DeadFilter, DeadPage, DeadReason, DeadRecord
 from mindtrace.jobs.errors import BackendUnavailable, ConfigError, JobNotFound, JobsError, QueueNotFound
@@ -169,7 +169,7 @@ class RabbitMQDeadLetters(DeadLetters):
             if outcome == "unroutable":
                 raise QueueNotFound(letter.record.queue)
             if outcome == "refused":
-                raise BackendUnavailable("RabbitMQ did not take the job")
+                raise BackendUnavailable(f"RabbitMQ did not take the job: {REFUSED}")
             if isinstance(outcome, JobsError):
                 raise outcome
 

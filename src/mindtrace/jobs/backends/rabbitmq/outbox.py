@@ -31,6 +31,9 @@ _log = logging.getLogger(__name__)
 Outcome: TypeAlias = Literal["stored", "unroutable", "refused"] | JobsError
 """`refused`: the broker did not take it; `unroutable`: no queue there, or no exchange."""
 
+REFUSED = "the queue is full, by a policy of the server's, or most of its nodes are away"
+"""Why a broker refuses what it can route."""
+
 _WINDOW = 1000
 _WINDOW_BYTES = 16 * 1024 * 1024
 _TOGETHER = 256 * 1024  # bytes in one write

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from mindtrace.jobs.backend import BATCH, QueueSpec
 from mindtrace.jobs.backends.rabbitmq.admin import Admin
 from mindtrace.jobs.backends.rabbitmq.counts import NEW, Counts, headers_of
-from mindtrace.jobs.backends.rabbitmq.outbox import Outbox, Outcome, Posting
+from mindtrace.jobs.backends.rabbitmq.outbox import REFUSED, Outbox, Outcome, Posting
 from mindtrace.jobs.backends.rabbitmq.topology import MOST_PRIORITY_LEVELS, PRIORITY_LEVELS, Topology
 from mindtrace.jobs.delivery import Published
 from mindtrace.jobs.errors import (
@@ -171,7 +171,7 @@ class Publisher:
                 return QueueNotFound(queue)
             case "refused":
                 return BackendUnavailable(
-                    f"RabbitMQ did not take the job for the queue {queue!r}", job_ids=[message.id]
+                    f"RabbitMQ did not take the job for the queue {queue!r}: {REFUSED}", job_ids=[message.id]
                 )
             case BackendUnavailable():
                 return outcome if outcome.job_ids else _again(outcome, message)

@@ -15,7 +15,7 @@ from mindtrace.jobs.backends.rabbitmq.counts import Counts, counts_of, errors_of
 from mindtrace.jobs.backends.rabbitmq.holdings import Held, Holdings
 from mindtrace.jobs.backends.rabbitmq.keeper import Post
 from mindtrace.jobs.backends.rabbitmq.lane import Lane
-from mindtrace.jobs.backends.rabbitmq.outbox import Outcome, Posting
+from mindtrace.jobs.backends.rabbitmq.outbox import REFUSED, Outcome, Posting
 from mindtrace.jobs.delivery import (
     Dead,
     DeadReason,
@@ -85,7 +85,7 @@ class Settling:
                 elif isinstance(outcome, BackendUnavailable):
                     answers[index] = outcome
                 else:
-                    answers[index] = BackendUnavailable(f"RabbitMQ did not take the copy: {outcome}")
+                    answers[index] = BackendUnavailable(f"RabbitMQ did not take the copy: {REFUSED}")
                 self._holdings.give_back(delivery.message, held)
             self._acknowledge(stored)
         return answers

@@ -57,7 +57,7 @@ _DELIVERY_LIMIT = 100
 _FAR = 10**12
 _NO_LIMIT = 2**31 - 1
 _NEVER_DROPS = {"x-queue-type": "quorum", "x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
-_DEAD_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}
+_DEAD_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT, "x-overflow": "reject-publish"}
 _DELAYED = re.compile(rf"(?:[01]\.){{{LEVELS}}}")
 _DIFFERENCE = re.compile(
     r"inequivalent arg '([\w-]+)' for queue '.*?' in vhost '.*?': received .*? but current is "
@@ -126,7 +126,10 @@ class Topology:
 
     @property
     def dead_arguments(self) -> Arguments:
-        """Of all queues of dead letters. Looking counts as a delivery, so their limit is as good as none."""
+        """Of all queues of dead letters. Looking counts as a delivery, so their limit is as good as none.
+
+        Where a policy of the operator's limits them, what comes is refused: nothing that is there is dropped for it.
+        """
         return _DEAD_ARGUMENTS
 
     @property
