@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import aiormq
@@ -12,6 +13,7 @@ import pytest
 
 from mindtrace.jobs import (
     BackendUnavailable,
+    Dead,
     Delivery,
     Done,
     LeaseLost,
@@ -19,7 +21,10 @@ from mindtrace.jobs import (
     QueueNotFound,
     QueueSpec,
     RabbitMQBackend,
+    Receiver,
+    Release,
     Retry,
+    Settlement,
 )
 from mindtrace.jobs.testing.brokers import Broker
 from mindtrace.jobs.testing.proxy import Amqp, FaultProxy
@@ -30,6 +35,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.fault, pytest.mark.rabbitmq, pytest
 Opened = Callable[..., Awaitable[RabbitMQBackend]]
 Ctl = Callable[[str], Awaitable[None]]
 HEARTBEAT = 2
+MEMORY = "{resource_limit, memory, node()}"
 
 
 def messages(*ids: str, **options: Any) -> list[Message]:
@@ -321,6 +327,73 @@ async def test_a_server_out_of_memory_stores_nothing_and_still_hears_what_is_don
         assert {one.message.id for one in taken} == {"b"}
         assert await receiver.settle([(one, Done()) for one in taken]) == [None] * len(taken)
         assert await backend.publish("jobs", messages("c")) == ["stored"]
+
+
+@pytest.mark.parametrize("settlement", [Retry(0.0), Retry(0.5), Dead("rejected"), Release()], ids=repr)
+async def test_a_job_is_not_acknowledged_before_its_copy_is_stored(
+    proxy: FaultProxy, opened: Opened, ctl: Ctl, settlement: Settlement
+) -> None:
+    """Whoever dies between the two leaves the original."""
+    dies, backend = await opened(proxy), await opened()
+    await backend.publish("jobs", messages("a"))
+    async with dies.receiver(["jobs"]) as receiver:
+        [delivery] = await receiver.receive(1, wait=5.0)
+        await ctl(f"rabbit_alarm:set_alarm({{{MEMORY}, []}})")  # what is published now is not even read
+        try:
+            settling = asyncio.create_task(receiver.exchange([(delivery, settlement)], 0))
+            await asyncio.sleep(1)
+            assert not settling.done()
+            proxy.refuse()
+            proxy.reset()
+            await asyncio.sleep(0.5)
+        finally:
+            await ctl(f"rabbit_alarm:clear_alarm({MEMORY})")
+        settling.cancel()
+        async with asyncio.timeout(15), backend.receiver(["jobs"]) as another:
+            while not (taken := await another.receive(1, wait=1.0)):
+                pass
+            assert [one.message.id for one in taken] == ["a"]
+            assert await another.settle([(taken[0], Done())]) == [None]
+
+
+async def test_an_alarm_multiplies_no_job_that_fails_in_it_or_whose_worker_died(
+    proxy: FaultProxy, opened: Opened, ctl: Ctl
+) -> None:
+    """Their copies wait until it is over; given back meanwhile they would be run again, and copied again."""
+    runs: list[tuple[str, int, int]] = []
+    over = asyncio.Event()
+
+    async def work(receiver: Receiver) -> None:
+        while not over.is_set():
+            with suppress(BackendUnavailable):
+                for delivery in await receiver.receive(1, wait=0.5):
+                    runs.append((delivery.message.id, delivery.attempt, delivery.crashes))
+                    fails = delivery.message.id == "fails" and delivery.attempt == 1
+                    await receiver.settle([(delivery, Retry(0.0) if fails else Done())])
+
+    backend, dies = await opened(), await opened(proxy)
+    await backend.publish("jobs", messages("dies"))
+    async with dies.receiver(["jobs"]) as receiver:
+        assert len(await receiver.receive(1, wait=5.0)) == 1
+        proxy.refuse()
+        proxy.reset()
+    await backend.publish("jobs", messages("fails"))
+    await ctl("vm_memory_monitor:set_vm_memory_high_watermark(0.000001)")
+    try:
+        async with backend.receiver(["jobs"], slots=4) as receiver, asyncio.TaskGroup() as group:
+            group.create_task(work(receiver))
+            await asyncio.sleep(15)  # for longer than anybody waits for a copy
+            assert runs == [("fails", 1, 0)]
+            await ctl("vm_memory_monitor:set_vm_memory_high_watermark(0.8)")
+            async with asyncio.timeout(15):
+                while len(runs) < 3:  # noqa: ASYNC110 (a list tells nobody)
+                    await asyncio.sleep(0.05)
+            await asyncio.sleep(2)  # for what must not come
+            over.set()
+    finally:
+        await ctl("vm_memory_monitor:set_vm_memory_high_watermark(0.8)")
+    assert sorted(runs) == [("dies", 2, 1), ("fails", 1, 0), ("fails", 2, 0)]
+    assert (await backend.depth("jobs")).ready == 0
 
 
 @pytest.mark.timeout(150)

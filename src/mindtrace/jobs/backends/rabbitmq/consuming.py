@@ -188,11 +188,13 @@ class Consuming:
                 released = list(self.held)
                 self._holdings.take_ahead()
                 await self._settling.settle([(delivery, Release()) for delivery in released], until)
+                await self._settling.finish(until)
                 await self._intake.flush(until)
         except (TimeoutError, JobsError) as error:
             _log.debug("a receiver was not left in order: %s", error)
         finally:
             self._holdings.lose_all(released)
+            await self._settling.finish(0.0)
             await self._intake.aclose()
 
     # --- taking

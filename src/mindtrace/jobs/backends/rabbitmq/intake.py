@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _CONNECT_WITHIN = 5.0
 _LOOK = 0.25  # seconds between looks whether somebody still waits for a connection
+_COUNTED_WITHIN = 1.0
 _A_MOMENT = 0.05
 _QUIET = 0.03  # seconds without a delivery, after which none is thought to be on its way
 _QUIET_WITHIN = 0.5
@@ -164,7 +165,7 @@ class Intake:
                         self._came(lane, name, content)
             if crashed:
                 asked_again += 1
-                await asyncio.wait(crashed)
+                await asyncio.wait(crashed, timeout=_COUNTED_WITHIN)  # longer where the server blocks who publishes
 
     async def _got(self, lane: Lane, reply: "asyncio.Future[Any]") -> object:
         """The answer to a get. One that comes too late would be nobody's: the channel gives it back."""

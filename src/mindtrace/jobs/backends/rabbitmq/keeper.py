@@ -40,7 +40,7 @@ class Post:
         self.topology: Topology = topology
         self.link: Link = Link(address, "consume", random, self._on_up)
         self.admin: Admin = Admin(self.link, topology)
-        self.copies: Outbox = Outbox(address, "copies", random)
+        self.copies: Outbox = Outbox(address, "copies", random, patient=True)
         self._retiming = Retiming(self.admin, self.copies, topology)
         self.given_back: dict[tuple[str, int], None] = {}
         """Ids and numbers of deliveries that a receiver here gave back without settling them, the last thousands."""

@@ -87,11 +87,12 @@ class Outbox:
         address: of the server.
         role: of its connection.
         random: the source of the jitter.
+        patient: what waits is not given up while the server blocks who publishes, for want of memory or disk.
     """
 
-    def __init__(self, address: Address, role: str, random: Random) -> None:
+    def __init__(self, address: Address, role: str, random: Random, *, patient: bool = False) -> None:
         self.link: Link = Link(address, role, random, self._on_up)
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._patient = asyncio.get_running_loop(), patient
         self._waiting: deque[_Entry] = deque()
         self._pending: dict[int, _Entry] = {}
         self._bytes = 0
@@ -195,7 +196,7 @@ class Outbox:
     def _flush(self) -> None:
         self._flushing = None
         channel, waiting, pending = self._channel, self._waiting, self._pending
-        if channel is None or channel.is_closed:
+        if channel is None or channel.is_closed or self._is_blocked():
             return
         chunk: list[bytes] = []
         size = 0
@@ -305,14 +306,24 @@ class Outbox:
         if self.link.failed is not None:
             self._fail_all(self.link.failed)
         else:
-            now = time.monotonic()
-            for entry in [*self._pending.values(), *self._waiting]:
-                if entry.batch.deadline <= now:
-                    self._fail(entry, self._why_late())
-            if self._waiting and self._waiting[0].done:
-                self._waiting = deque(entry for entry in self._waiting if not entry.done)
+            if not (self._patient and self._is_blocked()):
+                self._give_up_late()
+            if self._waiting:  # held up, perhaps, by a server that blocked who publishes
+                self._flush_soon()
         if self._waiting or any(not entry.done for entry in self._pending.values()):
             self._tick_soon()
+
+    def _give_up_late(self) -> None:
+        now = time.monotonic()
+        for entry in [*self._pending.values(), *self._waiting]:
+            if entry.batch.deadline <= now:
+                self._fail(entry, self._why_late())
+        if self._waiting and self._waiting[0].done:
+            self._waiting = deque(entry for entry in self._waiting if not entry.done)
+
+    def _is_blocked(self) -> bool:
+        """Whether what is sent now would lie in a socket that nobody reads."""
+        return self.link.line is not None and self.link.line.blocked
 
     def _fail_all(self, why: AuthenticationFailed) -> None:
         """The login is refused."""
@@ -325,9 +336,8 @@ class Outbox:
         self._waiting.clear()
 
     def _why_late(self) -> str:
-        line = self.link.line
-        if line is None:
+        if self.link.line is None:
             return f"its time is over ({self.link.why})" if self.link.why else "its time is over"
-        if line.blocked:
+        if self._is_blocked():
             return "its time is over; the broker blocks publishers, it is out of memory or disk"
         return "its time is over"

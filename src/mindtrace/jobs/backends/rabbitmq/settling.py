@@ -34,8 +34,10 @@ from mindtrace.jobs.wire import Message
 _log = logging.getLogger(__name__)
 
 Pairs: TypeAlias = Sequence[tuple[Delivery, Settlement]]
+_Copied: TypeAlias = tuple[int, Delivery, Held, Posting]  # the first: which answer is theirs
 
 _COPY_WITHIN = 10.0
+_A_MOMENT = 0.5  # seconds for the answer of what is given up by then
 _AGAIN_AFTER = 0.5
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -53,13 +55,14 @@ class Settling:
     def __init__(self, post: Post, holdings: Holdings, *, crash_limit: int, changed: Callable[[], None]) -> None:
         self._post, self._topology, self._holdings = post, post.topology, holdings
         self._crash_limit, self._changed = crash_limit, changed
+        self._storing: set[asyncio.Task[list[Settled]]] = set()
         self._died = datetime.fromtimestamp(0, UTC)
 
     async def settle(self, pairs: Pairs, until: float | None = None) -> list[Settled]:
         """End deliveries, copies by `until` on the monotonic clock. One answer each, in order."""
         answers: list[Settled] = []
         acks: list[Held] = []
-        copies: list[tuple[int, Delivery, Held, Posting]] = []
+        copies: list[_Copied] = []
         for delivery, settlement in pairs:
             held = self._holdings.held.get(delivery)
             if held is None or held.lane.channel.is_closed:
@@ -74,20 +77,42 @@ class Settling:
         self._acknowledge(acks)
         if copies:
             deadline = time.monotonic() + _COPY_WITHIN if until is None else until
-            outcomes = await self._store([posting for *_, posting in copies], deadline)
-            stored: list[Held] = []
-            for (index, delivery, held, _), outcome in zip(copies, outcomes, strict=True):
-                if outcome == "stored":
-                    stored.append(held)
-                    continue
-                if outcome == "unroutable":
-                    answers[index] = LeaseLost(delivery.message.id)
-                elif isinstance(outcome, BackendUnavailable):
-                    answers[index] = outcome
-                else:
-                    answers[index] = BackendUnavailable(f"RabbitMQ did not take the copy: {REFUSED}")
-                self._holdings.give_back(delivery.message, held)
-            self._acknowledge(stored)
+            storing = asyncio.get_running_loop().create_task(self._store_and_acknowledge(copies, deadline))
+            self._storing.add(storing)
+            storing.add_done_callback(self._storing.discard)
+            await asyncio.wait({storing}, timeout=max(0.0, deadline + _A_MOMENT - time.monotonic()))
+            for at, (index, *_) in enumerate(copies):
+                answers[index] = storing.result()[at] if storing.done() else _not_yet()
+        return answers
+
+    async def finish(self, until: float) -> None:
+        """Wait for copies that nobody waits for any more; what is not sent by then is not sent at all."""
+        if self._storing:
+            await asyncio.wait(self._storing, timeout=max(0.0, until - time.monotonic()))
+        for storing in list(self._storing):
+            storing.cancel()
+
+    async def _store_and_acknowledge(self, copies: Sequence[_Copied], deadline: float) -> list[Settled]:
+        """One answer each, in order. Goes on behind `deadline` where the server blocks who publishes.
+
+        Given back meanwhile, a job would be run again, and once more for each copy that lies in the socket.
+        """
+        outcomes = await self._store([posting for *_, posting in copies], deadline)
+        answers: list[Settled] = []
+        stored: list[Held] = []
+        for (_, delivery, held, _), outcome in zip(copies, outcomes, strict=True):
+            if outcome == "stored":
+                answers.append(None)
+                stored.append(held)
+                continue
+            if outcome == "unroutable":
+                answers.append(LeaseLost(delivery.message.id))
+            elif isinstance(outcome, BackendUnavailable):
+                answers.append(outcome)
+            else:
+                answers.append(BackendUnavailable(f"RabbitMQ did not take the copy: {REFUSED}"))
+            self._holdings.give_back(delivery.message, held)
+        self._acknowledge(stored)
         return answers
 
     def _copy(self, delivery: Delivery, held: Held, settlement: Settlement) -> Posting:
@@ -197,3 +222,10 @@ class Settling:
 
         sending.add_done_callback(sent)
         return over
+
+
+def _not_yet() -> BackendUnavailable:
+    return BackendUnavailable(
+        "RabbitMQ has not taken the copy yet: it blocks publishers, it is out of memory or disk; it is kept for then",
+        maybe_published=True,
+    )
