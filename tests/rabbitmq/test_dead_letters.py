@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mindtrace.jobs import Dead, Done, JobNotFound, QueueNotFound, Retry, RunError
+from mindtrace.jobs import Dead, Done, JobNotFound, QueueInUse, QueueNotFound, Retry, RunError
 from mindtrace.jobs.backend import DeadLetters
 from mindtrace.jobs.delivery import DeadFilter, DeadRecord
 from mindtrace.jobs.job import JobId, new_job_id
@@ -105,6 +105,44 @@ async def test_two_replays_at_once_yield_one_job(world: "World") -> None:
         outcomes = await asyncio.gather(*(letters.replay([job_id]) for letters in pair), return_exceptions=True)
         assert [type(outcome) for outcome in outcomes if outcome != 1] == [JobNotFound]
         assert await ran(world, queue, 1) == [job_id]
+
+
+async def test_dead_letters_that_another_process_reads_keep_the_queue_from_being_deleted(world: "World") -> None:
+    """Then they are in no queue, and nothing to be counted. With the last of who read that is over."""
+    queue = await world.queue()
+    other = await world.another()
+    await died(world, 5)
+    begun = asyncio.Event()
+    replaying = asyncio.create_task(
+        other.dead_letters(queue).replay(ALL, rate=4, progress=lambda done, _: begun.set() if done else None)
+    )
+    await begun.wait()
+    with pytest.raises(QueueInUse, match="reading its dead letters"):
+        await world.backend.delete(queue)
+    assert await replaying == 5
+    assert len(await ran(world, queue, 5)) == 5
+    await world.backend.delete(queue)
+    assert await world.somebody.count(f"{queue}.reading.hold") is None
+
+
+@pytest.mark.parametrize("ends", ["by a settlement", "by a crash"])
+async def test_a_queue_of_dead_letters_that_somebody_deleted_is_made_again_when_a_job_dies(
+    world: "World", ends: str
+) -> None:
+    queue = await world.queue()
+    await world.somebody.delete([f"{queue}.dead"])
+    await world.backend.publish(queue, [Message("a", b"{}", crash_limit=1)])
+    async with world.backend.receiver([queue], lease=0.1, keep=False) as receiver:
+        [delivery] = await receiver.receive(1, wait=PATIENCE)
+        if ends == "by a settlement":
+            assert await receiver.settle([(delivery, Dead("rejected"))]) == [None]
+        else:  # its lease lapses, and it is not run again
+            async with asyncio.timeout(PATIENCE):
+                while await world.somebody.count(f"{queue}.dead") != 1:
+                    assert await receiver.receive(1, wait=0.2) == []
+    await world.somebody.until(f"{queue}.dead", 1)
+    [record] = (await world.backend.dead_letters(queue).list(ALL)).records
+    assert (record.message.id, record.reason) == ("a", "rejected" if ends == "by a settlement" else "crash_limit")
 
 
 @pytest.mark.chaos

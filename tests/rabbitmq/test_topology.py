@@ -1,5 +1,6 @@
 """What lies on the server: its arguments for ever the same, and what of it somebody finds who did not declare it."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -229,6 +230,27 @@ async def test_a_limit_holds_for_a_process_that_did_not_declare_the_queue(world:
     assert outcomes[:3] == ["stored"] * 3
     assert [type(outcome) for outcome in outcomes[3:]] == [QueueFull, QueueFull]
     assert await world.somebody.count("jobs") == 3
+
+
+async def test_a_limit_that_another_process_has_lifted_is_no_limit_any_more(world: "World") -> None:
+    other = await world.another()
+    await world.queue("jobs", max_length=2)
+    assert await other.publish("jobs", [a_message(), a_message()]) == ["stored"] * 2
+    [full] = await other.publish("jobs", [a_message()])
+    assert isinstance(full, QueueFull)
+    await world.backend.delete("jobs")
+    await world.queue("jobs")
+    async with asyncio.timeout(10):
+        told: list[object] = []
+        while len(told) < 5:
+            told += [one for one in await other.publish("jobs", [a_message()]) if one == "stored"]
+
+
+async def test_the_name_of_the_dead_letters_of_queues_that_are_gone_is_no_name_for_a_queue(world: "World") -> None:
+    with pytest.raises(NotSupported, match="a queue called 'gone'"):
+        await world.queue("gone")
+    with pytest.raises(QueueNotFound):
+        await world.backend.delete("gone", force=True)
 
 
 async def test_a_queue_that_was_declared_anew_with_another_kind_is_found_again(world: "World") -> None:

@@ -441,3 +441,23 @@ async def test_a_publish_ends_in_time_also_where_the_loop_stands_still_again_and
             break
     assert publishing.done()
     assert [type(outcome) for outcome in await publishing] == [BackendUnavailable]
+
+
+async def test_an_outage_of_seven_seconds_costs_no_publish_whatever_it_has_to_look_up_first(
+    proxy: FaultProxy, opened: Opened
+) -> None:
+    backend, fresh = await opened(proxy), await opened(proxy)
+    await backend.declare(QueueSpec("other", max_length=10))
+    await fresh.aclose()
+    await fresh.open()  # and knows of no queue
+    proxy.refuse()
+    proxy.reset()
+    publishing = asyncio.gather(
+        backend.publish("jobs", messages("plain")),
+        backend.publish("jobs", messages("delayed", delay=0.1)),
+        backend.publish("other", messages("bounded")),
+        fresh.publish("jobs", messages("first")),
+    )
+    await asyncio.sleep(7)
+    proxy.accept()
+    assert await publishing == [["stored"]] * 4

@@ -5,6 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from mindtrace.jobs.backend import QueueSpec
 from mindtrace.jobs.backends.rabbitmq.channels import REPLY_WITHIN, Channel, ChannelClosed
 from mindtrace.jobs.backends.rabbitmq.link import Link
 from mindtrace.jobs.backends.rabbitmq.topology import Topology
-from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable
+from mindtrace.jobs.errors import AuthenticationFailed, BackendUnavailable, JobsError
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -23,6 +24,8 @@ _T = TypeVar("_T")
 _NOT_FOUND, _DIFFERENT = 404, 406
 _PROBES = 6
 _IDLE_CHANNELS = 4
+_READER = "reader"
+_END_WITHIN = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,47 @@ class Admin:
             ]
         calls += self._written_down()
         await self._on_a_channel(lambda channel: _all(channel, calls))
+
+    async def declare_dead(self, queue: str) -> bool:
+        """Make the queue of its dead letters again, if the queue itself is there. Returns whether it is."""
+        if await self.look(self._topology.queue(queue)) is None:
+            return False
+        arguments = dict(self._topology.dead_arguments)
+        dead = self._topology.dead(queue)
+        await self._on_a_channel(_Asked(commands.Queue.Declare(queue=dead, durable=True, arguments=arguments)))
+        return True
+
+    async def begin_to_read(self, queue: str) -> Channel:
+        """Have all know that somebody reads its dead letters, until `end_reading`, or the channel is closed.
+
+        Raises:
+            BackendUnavailable: no connection within 5 s, or it was lost.
+            AuthenticationFailed: this user may not declare; the channel is closed.
+        """
+        channel, mark = await self.channel(), self._topology.reading(queue)
+        arguments = dict(self._topology.reading_arguments)
+        calls: list[Frame] = [
+            commands.Queue.Declare(queue=mark, durable=True, auto_delete=True, arguments=arguments),
+            commands.Basic.Consume(queue=mark, consumer_tag=_READER, no_ack=True),
+        ]
+        try:
+            await _all(channel, calls)
+        except BaseException:
+            channel.begin_close()
+            raise
+        return channel
+
+    async def end_reading(self, channel: Channel) -> None:
+        """When this returns nobody counts this reader any more; or after a second."""
+        with suppress(JobsError, TimeoutError):
+            async with asyncio.timeout(_END_WITHIN):
+                await channel.call(commands.Basic.Cancel(consumer_tag=_READER))  # which its queue answers
+        channel.begin_close()
+
+    async def readers(self, queue: str) -> int:
+        """How many read its dead letters at this moment."""
+        mark = await self.look(self._topology.reading(queue))
+        return 0 if mark is None else mark.consumers
 
     async def spec_of(self, name: str) -> QueueSpec | None:
         """How a queue that exists was declared, as far as the server's refusals tell; None if it is none of ours.

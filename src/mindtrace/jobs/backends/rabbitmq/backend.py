@@ -29,6 +29,7 @@ from mindtrace.jobs.backends.rabbitmq.publishing import NAME, Publisher, in_part
 from mindtrace.jobs.backends.rabbitmq.receiver import RabbitMQReceiver
 from mindtrace.jobs.backends.rabbitmq.topology import (
     DEFAULT_NAMESPACE,
+    GONE,
     MOST_PRIORITY_LEVELS,
     PRIORITY_LEVELS,
     Topology,
@@ -206,6 +207,10 @@ class RabbitMQBackend(Backend):
         opened.publisher.specs[spec.name] = opened.declared[spec.name] = spec
 
     def _check_kind(self, spec: QueueSpec) -> None:
+        if spec.name == GONE:
+            raise NotSupported(
+                f"a queue called {GONE!r}", NAME, "another name: so are the dead letters of queues that are gone"
+            )
         if spec.kind == "stack":
             raise NotSupported("a stack queue", NAME, "the Local or the Redis backend")
         if spec.priority_levels is not None and spec.priority_levels > MOST_PRIORITY_LEVELS:
@@ -226,15 +231,18 @@ class RabbitMQBackend(Backend):
         What other processes hold of it RabbitMQ does not tell: it refuses as long as they consume from it.
         """
         opened = self._opened()
+        readers = 0 if force else await opened.admin.readers(queue)
         depth = await self._depth(opened, queue)
         if not force:
+            readers = readers or await opened.admin.readers(queue)  # else it began and took them before the count
             kept = await opened.admin.look(self._topology.queue(queue))
             mine = sum(receiver.leased(queue) for receiver in opened.receivers)
             ours = sum(receiver.consumers(queue) for receiver in opened.receivers)
             others = 0 if kept is None else kept.consumers - ours
-            if depth.dead or mine or others > 0:
+            beside = {"consumers": max(0, others), "reading its dead letters": readers}
+            if depth.dead or mine or any(beside.values()):
                 counts = {"leased": mine, "dead": depth.dead}
-                raise QueueInUse(queue, counts | ({"consumers": others} if others > 0 else {}))
+                raise QueueInUse(queue, counts | {what: count for what, count in beside.items() if count})
         opened.publisher.specs.pop(queue, None)
         opened.declared.pop(queue, None)
         await opened.admin.delete(self._topology.queue(queue))

@@ -16,13 +16,20 @@ from pamqp import commands
 
 from mindtrace.jobs.backend import DeadLetters, Progress
 from mindtrace.jobs.backends.rabbitmq.admin import Admin
-from mindtrace.jobs.backends.rabbitmq.channels import Content
+from mindtrace.jobs.backends.rabbitmq.channels import Channel, Content
 from mindtrace.jobs.backends.rabbitmq.counts import counts_of, death_of, dicts_of, errors_of, headers_of, id_of
 from mindtrace.jobs.backends.rabbitmq.lane import Lane
 from mindtrace.jobs.backends.rabbitmq.outbox import REFUSED, Outbox, Posting
 from mindtrace.jobs.backends.rabbitmq.topology import LEVELS, Topology
 from mindtrace.jobs.delivery import DeadFilter, DeadPage, DeadReason, DeadRecord
-from mindtrace.jobs.errors import BackendUnavailable, ConfigError, JobNotFound, JobsError, QueueNotFound
+from mindtrace.jobs.errors import (
+    AuthenticationFailed,
+    BackendUnavailable,
+    ConfigError,
+    JobNotFound,
+    JobsError,
+    QueueNotFound,
+)
 from mindtrace.jobs.job import JobId, is_job_id
 from mindtrace.jobs.retry import is_seconds, is_whole
 from mindtrace.jobs.wire import Message
@@ -185,18 +192,35 @@ class RabbitMQDeadLetters(DeadLetters):
         async with opened.reading:
             if await opened.admin.look(self._dead) is None:
                 raise QueueNotFound(self._queue)
-            reading = _Reading(Lane(await opened.admin.channel()))
+            mark = await self._mark(opened.admin)
             try:
-                yield reading
+                async with self._on_a_channel(opened) as reading:
+                    yield reading
             finally:
-                await asyncio.wait({reading.lane.channel.begin_close()}, timeout=_BACK_WITHIN)
-                # The queue has them back a moment later: who counts next would count too few.
-                until = time.monotonic() + _BACK_WITHIN
-                while reading.taken and time.monotonic() < until:
-                    kept = await opened.admin.look(self._dead)
-                    if kept is None or kept.messages >= reading.taken:
-                        break
-                    await asyncio.sleep(_A_MOMENT)
+                if mark is not None:
+                    await opened.admin.end_reading(mark)
+
+    async def _mark(self, admin: Admin) -> Channel | None:
+        """What is read is in no queue: whoever would delete it has to know."""
+        try:
+            return await admin.begin_to_read(self._queue)
+        except AuthenticationFailed:  # this user may read, and declare nothing
+            return None
+
+    @asynccontextmanager
+    async def _on_a_channel(self, opened: Opened) -> AsyncGenerator["_Reading", None]:
+        reading = _Reading(Lane(await opened.admin.channel()))
+        try:
+            yield reading
+        finally:
+            await asyncio.wait({reading.lane.channel.begin_close()}, timeout=_BACK_WITHIN)
+            # The queue has them back a moment later: who counts next would count too few.
+            until = time.monotonic() + _BACK_WITHIN
+            while reading.taken and time.monotonic() < until:
+                kept = await opened.admin.look(self._dead)
+                if kept is None or kept.messages >= reading.taken:
+                    break
+                await asyncio.sleep(_A_MOMENT)
 
     async def _letters(self, reading: "_Reading") -> AsyncIterator[_Letter]:
         """All there are."""

@@ -1,6 +1,7 @@
 """What is checked before a publish, where it is sent, and what the outcome means to the caller."""
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ from mindtrace.jobs.wire import Message
 PUBLISH_WITHIN = 10.0
 """Seconds for a publish, its repetitions included; then it is unknown whether it was stored."""
 NAME = "rabbitmq"
+_AGAIN_AFTER = 0.05
+_LOOK_AGAIN_AFTER = 1.0
 
 
 class _Turn:
@@ -50,6 +53,7 @@ class Publisher:
         self._outbox, self._admin, self._topology = outbox, admin, topology
         self.specs: dict[str, QueueSpec | None] = {}
         """What is known of queues; None for one that somebody else declared, or that nobody may look at."""
+        self._looked: dict[str, float] = {}  # when it was looked how a full queue is
         self._turns: dict[str, _Turn] = {}  # of queues of which a publish is being prepared
 
     async def publish(self, queue: str, messages: Sequence[Message]) -> list[Published]:
@@ -75,11 +79,7 @@ class Publisher:
         try:
             async with turn.lock:
                 try:
-                    async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
-                        spec = await self._spec(queue)
-                        checked = await self._checked(queue, spec, messages)
-                except TimeoutError:
-                    return [_unavailable("its time is over", message) for message in messages]
+                    spec, checked = await self._looked_up(queue, messages, deadline)
                 except BackendUnavailable as error:
                     return [_again(error, message) for message in messages]
                 except QueueNotFound as error:
@@ -97,6 +97,38 @@ class Publisher:
             await self._told(queue, message, next(sent)) if isinstance(found, Posting) else found
             for message, found in zip(messages, checked, strict=True)
         ]
+
+    async def _looked_up(
+        self, queue: str, messages: Sequence[Message], deadline: float
+    ) -> tuple[QueueSpec | None, list[Posting | JobsError]]:
+        """How the queue is, and where each message goes; tried until the deadline, as all of a publish."""
+        error = BackendUnavailable("no answer from RabbitMQ: its time is over")
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                while True:
+                    try:
+                        spec = await self._spec(queue)
+                        checked = await self._checked(queue, spec, messages)
+                        if any(isinstance(found, QueueFull) for found in checked) and self._may_have_changed(queue):
+                            continue
+                    except AuthenticationFailed:
+                        raise
+                    except BackendUnavailable as unavailable:
+                        error = unavailable
+                        await asyncio.sleep(_AGAIN_AFTER)
+                    else:
+                        return spec, checked
+        except TimeoutError:
+            raise error from None
+
+    def _may_have_changed(self, queue: str) -> bool:
+        """Forget how a queue is that is full as far as we know: another process may have declared it anew."""
+        now = time.monotonic()
+        if now - self._looked.get(queue, -math.inf) < _LOOK_AGAIN_AFTER:
+            return False
+        self._looked[queue] = now
+        self.specs.pop(queue, None)
+        return True
 
     async def _spec(self, queue: str) -> QueueSpec | None:
         if queue not in self.specs:
@@ -198,10 +230,6 @@ def _no_priorities(queue: str, priority: int) -> NotSupported:
     return NotSupported(
         f"priority {priority} on the fifo queue {queue!r}", NAME, "a queue declared with kind='priority'"
     )
-
-
-def _unavailable(text: str, message: Message) -> BackendUnavailable:
-    return BackendUnavailable(f"no answer from RabbitMQ: {text}", job_ids=[message.id])
 
 
 def _again(error: BackendUnavailable, message: Message) -> BackendUnavailable:

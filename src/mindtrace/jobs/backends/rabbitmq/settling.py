@@ -55,6 +55,7 @@ class Settling:
     def __init__(self, post: Post, holdings: Holdings, *, crash_limit: int, changed: Callable[[], None]) -> None:
         self._post, self._topology, self._holdings = post, post.topology, holdings
         self._crash_limit, self._changed = crash_limit, changed
+        self._counting: set[asyncio.Task[None]] = set()
         self._storing: set[asyncio.Task[list[Settled]]] = set()
         self._died = datetime.fromtimestamp(0, UTC)
 
@@ -155,20 +156,32 @@ class Settling:
         )
 
     async def _store(self, postings: Sequence[Posting], deadline: float) -> list[Outcome]:
-        """Have copies stored; once more those that found a level of the ladder missing."""
+        """Have copies stored; once more those that found missing what the library itself has made."""
         try:
             await self._make_holds(postings)
             outcomes = await self._post.copies.put(postings, deadline)
-            again = [at for at, outcome in enumerate(outcomes) if outcome == "unroutable" and postings[at].exchange]
-            if again:
-                self._post.admin.forget_holds()
-                await self._make_holds([postings[at] for at in again])
+            again = [at for at, outcome in enumerate(outcomes) if outcome == "unroutable"]
+            if again and await self._made_again([postings[at] for at in again]):
                 once_more = await self._post.copies.put([postings[at] for at in again], deadline)
                 for at, outcome in zip(again, once_more, strict=True):
                     outcomes[at] = outcome
         except BackendUnavailable as error:
             return [error for _ in postings]
         return outcomes
+
+    async def _made_again(self, postings: Sequence[Posting]) -> bool:
+        """Whether there may be a place for them now: levels of the ladder, a queue of dead letters."""
+        delayed = [posting for posting in postings if posting.exchange]
+        if delayed:
+            self._post.admin.forget_holds()
+            await self._make_holds(delayed)
+        dead = {posting.key for posting in postings if not posting.exchange}
+        there = [
+            await self._post.admin.declare_dead(name)
+            for name in self._holdings.names
+            if self._topology.dead(name) in dead
+        ]
+        return bool(delayed) or any(there)
 
     async def _make_holds(self, postings: Sequence[Posting]) -> None:
         await self._post.admin.make_holds(
@@ -182,7 +195,7 @@ class Settling:
         for lane, tags in by_lane.items():
             lane.acknowledge(tags)
 
-    def count_crash(self, lane: Lane, queue: str, content: Content) -> "asyncio.Future[None]":
+    def count_crash(self, lane: Lane, queue: str, content: Content) -> "asyncio.Task[None]":
         """A message that somebody had and did not settle: published again, or dead; done when it is acknowledged."""
         headers = content.properties.headers
         counts = counts_of(headers).crashed()
@@ -195,33 +208,25 @@ class Settling:
             errors = errors_of(headers)
             fresh = headers_of(message.id, counts, errors)
             posting = Posting("", self._topology.queue(queue), fresh, message.body, message.priority)
-        loop = asyncio.get_running_loop()
-        over: asyncio.Future[None] = loop.create_future()
-        tag = content.frame.delivery_tag
-        lane.add(tag)
-        sending = self._post.copies.put([posting], time.monotonic() + _COPY_WITHIN)
+        lane.add(content.frame.delivery_tag)
+        counting = asyncio.get_running_loop().create_task(
+            self._count(lane, queue, content.frame.delivery_tag, posting, counts.number)
+        )
+        self._counting.add(counting)
+        counting.add_done_callback(self._counting.discard)
+        return counting
 
-        def sent(sending: "asyncio.Future[list[Outcome]]") -> None:
-            [outcome] = sending.result()
-            if outcome == "stored":
-                lane.acknowledge([tag])
-                finish()
-            else:
-                _log.warning("job %s of queue %s could not be counted: %s", message.id, queue, outcome)
-                loop.call_later(_AGAIN_AFTER, give_up)
-
-        def give_up() -> None:
-            self._post.remember(message.id, counts.number)
+    async def _count(self, lane: Lane, queue: str, tag: int, posting: Posting, number: int) -> None:
+        [outcome] = await self._store([posting], time.monotonic() + _COPY_WITHIN)
+        if outcome == "stored":
+            lane.acknowledge([tag])
+        else:
+            job_id = posting.headers["mtj-id"]
+            _log.warning("job %s of queue %s could not be counted: %s", job_id, queue, outcome)
+            await asyncio.sleep(_AGAIN_AFTER)
+            self._post.remember(job_id, number)
             lane.give_back(tag)  # it comes again
-            finish()
-
-        def finish() -> None:
-            if not over.done():
-                over.set_result(None)
-            self._changed()
-
-        sending.add_done_callback(sent)
-        return over
+        self._changed()
 
 
 def _not_yet() -> BackendUnavailable:

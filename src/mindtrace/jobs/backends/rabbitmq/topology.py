@@ -16,6 +16,8 @@
     <ns>:due, topic ──> <ns>:<queue>
          └ of a queue that is gone ──> <ns>:gone ──> <ns>:gone.dead
 
+    <ns>:<queue>.reading.hold: empty, and there while somebody reads the dead letters of the queue
+
 The routing key of a delayed job is its delay in units as 29 binary digits, then the queue's name: `0.0. ... .1.0.name`.
 The exchange of level n looks at digit n: 1 is held there, 0 goes one level down. It is published to the exchange of its
 highest 1. Levels come into being when a delay first needs them, the lowest first: at most 29 queues in a namespace,
@@ -107,6 +109,10 @@ class Topology:
         """Where its dead letters lie."""
         return f"{self.namespace}:{name}.dead"
 
+    def reading(self, name: str) -> str:
+        """There as long as somebody reads its dead letters, who has a consumer on it."""
+        return f"{self.namespace}:{name}.reading.hold"
+
     def hold(self, level: int) -> str:
         """A level of the ladder."""
         return f"{self.namespace}:{level}.hold"
@@ -136,6 +142,11 @@ class Topology:
     def newest_arguments(self) -> Arguments:
         """Of a queue that is only made; it goes by itself should its maker die before deleting it."""
         return {"x-queue-type": "quorum", "x-expires": 60_000}
+
+    @property
+    def reading_arguments(self) -> Arguments:
+        """Of a queue for who reads; it goes with the last of them, also should the server die meanwhile."""
+        return {"x-queue-type": "classic", "x-expires": 60_000}
 
     def due_pattern(self, name: str) -> str:
         """Binds a queue to what is due for it, and to nothing of a queue whose name ends in the same words."""
