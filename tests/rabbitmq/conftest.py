@@ -92,8 +92,8 @@ class Somebody:
             return None
         return found.message_count
 
-    async def until(self, queue: str, count: int) -> None:
-        """Waits until so many are ready in it."""
+    async def until(self, queue: str, count: int | None) -> None:
+        """Waits until so many are ready in it; None: until it is gone."""
         async with asyncio.timeout(ANSWERS):
             while await self.count(queue) != count:  # noqa: ASYNC110 (a count rings no bell)
                 await asyncio.sleep(0.01)

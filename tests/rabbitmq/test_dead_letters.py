@@ -122,7 +122,7 @@ async def test_dead_letters_that_another_process_reads_keep_the_queue_from_being
     assert await replaying == 5
     assert len(await ran(world, queue, 5)) == 5
     await world.backend.delete(queue)
-    assert await world.somebody.count(f"{queue}.reading.hold") is None
+    await world.somebody.until(f"{queue}.reading.hold", None)
 
 
 @pytest.mark.parametrize("ends", ["by a settlement", "by a crash"])
