@@ -30,7 +30,7 @@ _UNFETCHED = 5.0  # seconds after which what was pushed ahead is handed back; a 
 _TICK = 0.25
 _IDLE = 0.1  # seconds without a call after which the server is told to push no more; whoever works calls at once
 _GET_AT_MOST = 100  # queues that are asked one by one
-_LOOK = 10.0  # seconds between looks whether the user's loop turns
+_LOOK = 10.0  # seconds at most between looks whether the user's loop turns
 
 
 @dataclass(slots=True, eq=False)
@@ -323,7 +323,8 @@ class Consuming:
 
     def _watch_soon(self) -> None:
         if self._watch is None and not self._ended and self.held and self._max_stall is not None:
-            self._watch = asyncio.get_running_loop().call_later(_LOOK, self._look_after)
+            pause = min(_LOOK, self._max_stall / 2)
+            self._watch = asyncio.get_running_loop().call_later(pause, self._look_after)
 
     def _look_after(self) -> None:
         """Let go of everything when the user's loop is dead."""
