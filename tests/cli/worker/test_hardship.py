@@ -200,6 +200,39 @@ def test_whatever_a_job_does_to_the_worker_is_said_in_one_line(site: Any, how: s
     assert not re.search("Traceback|S3CRET", "\n".join(lines))
 
 
+STUBBORN = """
+from app import *
+
+class Swallows(AsyncConsumer):
+    async def run(self, job_dict):
+        say("begins")
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except BaseException:
+                pass
+
+worker = Worker(an_orchestrator(), [Swallows("jobs")], drain=0.0, cancel_grace=0.05)
+"""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_runs_that_swallow_their_cancellation_are_told_once_and_nothing_of_them_after_that(
+    site: Any, form: str
+) -> None:
+    """Neither asyncio nor the interpreter has more to say of them as it ends."""
+    site.write(STUBBORN, "stubborn.py")
+    site.publish(2)
+    worker = site.start("stubborn:worker", "--log-format", form)
+    for _ in range(2):
+        worker.out.until("begins")
+    worker.send(signal.SIGTERM)
+    assert worker.status() == 1
+    last = worker.err.all()[-1]
+    text = json.loads(last)["message"] if form == "json" else last
+    assert re.search(r"2 tasks left, which a cancellation does not end: Task-\d+, Task-\d+$", text)
+
+
 def test_an_application_that_exits_while_it_is_made_is_no_success(site: Any) -> None:
     site.write("import sys\nasync def made():\n    sys.exit('no DATABASE_URL is set')", "exits.py")
     worker = site.start("exits:made")

@@ -172,7 +172,7 @@ worker = Worker(an_orchestrator(), [Leaves("jobs")])
     worker.err.until("ended after")
     assert worker.status(within=10) == 0
     said = "\n".join(worker.err.all())
-    assert "stubborn does not end though it was cancelled" in said
+    assert "1 task left, which a cancellation does not end: stubborn" in said
     assert "left without waiting for sleeper" in said
 
 
