@@ -80,6 +80,59 @@ def test_an_application_of_any_kind_brings_its_broker_its_schemas_and_its_queues
     assert server.ready("checkout") == ["one"]
 
 
+PLAIN = """
+from pydantic import BaseModel
+from mindtrace.jobs import *
+
+class Anything(BaseModel):
+    pass
+
+class Takes(AsyncConsumer):
+    async def run(self, job_dict):
+        return {}
+
+def worker(**names):
+    return Worker(AsyncOrchestrator(connect(**names)), [Takes("checkout")])
+
+def blocking():
+    jobs = Orchestrator.from_url()
+    jobs.register(JobSchema("checkout", Anything))
+    return jobs
+
+def elsewhere():
+    return worker(namespace="no-place")
+"""
+
+
+@pytest.mark.parametrize("app", ["worker", "blocking"])
+@pytest.mark.parametrize("source", ["variable", "pyproject.toml"])
+def test_an_application_that_names_no_namespace_is_in_that_of_the_settings(
+    cli: Cli, server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, app: str, source: str
+) -> None:
+    """So that all commands mean the same queue, with an application and without one."""
+    (folder / "plain.py").write_text(PLAIN, "utf-8")
+    server.declare(QueueSpec("checkout"))
+    if source == "pyproject.toml":
+        monkeypatch.delenv("MINDTRACE_JOBS_NAMESPACE")
+        table = f'[tool.mindtrace-jobs]\nnamespace = "{server.namespace}"'
+        (folder / "pyproject.toml").write_text(table, "utf-8")
+    assert cli("publish", "checkout", "{}", "--app", f"plain:{app}", "--id", "one").out == "one\n"
+    for words in ((), ("--app", f"plain:{app}")):
+        assert cli("status", "-q", "checkout", *words).lines[1].split()[:2] == ["checkout", "1"]
+    assert server.ready("checkout") == ["one"]
+
+
+@pytest.mark.rabbitmq
+def test_a_namespace_that_the_application_names_counts_before_that_of_the_settings(
+    cli: Cli, on_rabbitmq: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "plain.py").write_text(PLAIN.replace("no-place", on_rabbitmq.namespace), "utf-8")
+    monkeypatch.setenv("MINDTRACE_JOBS_URL", on_rabbitmq.url)
+    monkeypatch.setenv("MINDTRACE_JOBS_NAMESPACE", "of-the-settings")
+    assert cli("publish", "checkout", "{}", "--app", "plain:elsewhere", "--id", "one").out == "one\n"
+    assert on_rabbitmq.ready("checkout") == ["one"]
+
+
 def test_a_consumer_without_a_schema_takes_whatever_is_published_for_it(cli: Cli, server: Server, shop: Path) -> None:
     """Also before its worker was ever started, which makes the queue."""
     (shop / "mails.py").write_text(

@@ -176,6 +176,19 @@ worker = Worker(an_orchestrator(), [Leaves("jobs")])
     assert "left without waiting for sleeper" in said
 
 
+@pytest.mark.parametrize("words", [[], ["--processes", "1"]])
+def test_a_worker_that_names_no_namespace_is_in_that_of_the_settings(site: Any, words: list[str]) -> None:
+    made = "worker = Worker(AsyncOrchestrator(connect()), [Works('jobs')])"
+    site.write(f"from app import *\nfrom mindtrace.jobs import connect\n{made}", "plain.py")
+    site.publish()
+    table = f"[tool.mindtrace-jobs]\nurl = '{site.url}'\nnamespace = '{site.namespace}'\n"
+    site.write(table, "pyproject.toml")
+    worker = site.start("plain:worker", *words)
+    worker.out.until("ends 1")
+    worker.send(signal.SIGTERM)
+    assert worker.status() == 0
+
+
 def test_a_job_that_exits_ends_the_worker_and_not_with_a_status_of_its_own(site: Any) -> None:
     site.write(
         """

@@ -4,24 +4,20 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from mindtrace.jobs.backends import LOCAL, connect
 from mindtrace.jobs.cli.errors import CommandError, UsageError, did_you_mean
 from mindtrace.jobs.cli.output import logging_to_stderr, say
 from mindtrace.jobs.cli.parser import Parser
 from mindtrace.jobs.cli.running import run
-from mindtrace.jobs.cli.settings import APP, URL, VERBOSE, Option, Settings, broker_for_the_application, one
+from mindtrace.jobs.cli.settings import APP, NAMESPACE, URL, VERBOSE, Settings, broker_for_the_application
 from mindtrace.jobs.cli.target import App, Loaded, load
 from mindtrace.jobs.errors import QueueNotFound
-from mindtrace.jobs.job import JobSchema, checked_namespace
+from mindtrace.jobs.job import JobSchema
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.sync import Orchestrator
 from mindtrace.jobs.worker import Worker
-
-NAMESPACE: Final[Option[str | None]] = one(
-    "namespace", checked_namespace, None, "what tells applications on one server apart (mtj)"
-)
 
 
 @dataclass(frozen=True, slots=True)
