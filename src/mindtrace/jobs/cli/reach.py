@@ -39,21 +39,40 @@ class Reach:
     has_app: bool = False
 
     async def queues(self, asked: Iterable[str] = ()) -> list[str]:
+        """Those of `known` that are declared."""
+        return [name for name, is_declared in (await self.known(asked)).items() if is_declared]
+
+    async def known(self, asked: Iterable[str] = ()) -> dict[str, bool]:
         """Those that are asked for; else all there are; on a broker that cannot list them, those the application names.
+
+        Returns:
+            whether each is declared. False only where nobody has asked for one that the application names, and it has
+            not been used yet, which is said.
 
         Raises:
             UsageError: nobody names one, and the broker cannot list them.
         """
         named = list(dict.fromkeys(asked))
         if named:
-            return named
+            return dict.fromkeys(named, True)
         if self.jobs.backend.traits.lists_queues:
-            return sorted(spec.name for spec in await self.jobs.queues())
+            return dict.fromkeys(sorted(spec.name for spec in await self.jobs.queues()), True)
         backend = self.jobs.backend.traits.name
         if not self.names:
             raise UsageError(f"{backend} cannot list its queues: name some with -q, or an application with --app")
         say(f"{backend} cannot list its queues: these are the ones that the application names")
-        return list(self.names)
+        known = dict(zip(self.names, await asyncio.gather(*map(self._is_declared, self.names)), strict=True))
+        for name, is_declared in known.items():
+            if not is_declared:
+                say(f"queue {name!r} is not declared yet: the application does that when it first uses it")
+        return known
+
+    async def _is_declared(self, name: str) -> bool:
+        try:
+            await self.jobs.depth(name)
+        except QueueNotFound:
+            return False
+        return True
 
 
 def take_broker(parser: Parser) -> None:
