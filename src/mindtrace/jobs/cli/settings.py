@@ -268,10 +268,11 @@ class Settings:
             if key not in names:
                 raise UsageError(f"pyproject.toml: [tool.{TABLE}] has no {key!r}{did_you_mean(key, names)}")
 
-    def unknown_variables(self) -> list[str]:
-        """Variables that are named like ours, and mean nothing to us."""
-        variables = {option.variable for option in self.known}
-        return sorted(name for name in self._environ if name.startswith(PREFIX) and name not in variables)
+    def unknown_variables(self) -> str:
+        """In one line, the variables that are named like ours and mean nothing to us; empty where there are none."""
+        known = [option.variable for option in self.known]
+        unknown = sorted(name for name in self._environ if name.startswith(PREFIX) and name not in known)
+        return "; ".join(f"{name} means nothing{did_you_mean(name, known)}" for name in unknown)
 
     def _look_up(self, option: Option[T]) -> tuple[T, str]:
         found = self._found.get(option)
