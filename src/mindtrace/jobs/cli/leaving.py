@@ -88,9 +88,12 @@ def _keep(tasks: set["asyncio.Task[Any]"]) -> None:
 
     A frame of a daemon thread is what the interpreter never takes apart, not even at its end.
     """
-    thread = threading.Thread(target=lambda held: threading.Event().wait(), args=(tasks,), name="mtj-left", daemon=True)
+
+    def hold(tasks: set["asyncio.Task[Any]"]) -> None:
+        threading.Event().wait()
+
     with suppress(RuntimeError):  # no more threads
-        thread.start()
+        threading.Thread(target=hold, args=(tasks,), name="mtj-left", daemon=True).start()
 
 
 def _leave(status: int, kept_by: list[str]) -> None:

@@ -14,7 +14,7 @@ import signal
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 from mindtrace.jobs import (
     AsyncOrchestrator,
@@ -94,7 +94,8 @@ def _say_why(error: BaseException | None) -> None:
 
 def _leaves(error: BaseException | None) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
-        return [leaf for one in error.exceptions for leaf in _leaves(one)]
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return [leaf for one in group.exceptions for leaf in _leaves(one)]
     return [] if error is None else [error]
 
 
