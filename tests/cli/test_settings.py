@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from mindtrace.jobs.cli import COMMANDS
+from mindtrace.jobs.cli.parser import Parser
+
 from .conftest import CANARY, Cli
 
 pytestmark = pytest.mark.local
@@ -105,8 +108,35 @@ def test_config_tells_of_everything_that_is_wrong_and_of_variables_that_mean_not
     assert ended.status == 2
     assert ended.err.count("MINDTRACE_JOBS_URL") == 1
     assert "MINDTRACE_JOBS_NAMESPACE 'a b'" in ended.err
-    assert "MINDTRACE_JOBS_NAMSPACE means nothing: did you mean 'MINDTRACE_JOBS_NAMESPACE'?" in ended.err
+    assert "warning: MINDTRACE_JOBS_NAMSPACE means nothing: did you mean 'MINDTRACE_JOBS_NAMESPACE'?" in ended.err
     assert "app" in ended.out
+
+
+def test_config_tells_of_each_setting(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINDTRACE_JOBS_VERBOSE", "1")
+    settings = found(cli)
+    assert settings["verbose"] == (1, "MINDTRACE_JOBS_VERBOSE")
+    assert settings["json"] == (True, "--json")
+    parser = Parser()
+    for name, (command, help) in COMMANDS.items():
+        command.add(parser.command(name, help))
+    assert {option.name for option in parser.options()} == set(settings)
+
+
+@pytest.mark.parametrize("words", [("version",), ("config",), ("status",), ("worker",)])
+def test_every_command_warns_in_one_line_of_variables_that_mean_nothing(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("MINDTRACE_JOBS_PROCESSES", "2")
+    before = cli(*words)
+    monkeypatch.setenv("MINDTRACE_JOBS_PROCESES", CANARY)
+    monkeypatch.setenv("MINDTRACE_JOBS_", CANARY)
+    ended = cli(*words)
+    [line] = [line for line in ended.err.splitlines() if line not in before.err.splitlines()]
+    assert "MINDTRACE_JOBS_ means nothing" in line
+    assert line.endswith("; MINDTRACE_JOBS_PROCESES means nothing: did you mean 'MINDTRACE_JOBS_PROCESSES'?")
+    assert (ended.status, ended.out) == (before.status, before.out)
+    assert "means nothing" not in before.err
 
 
 @pytest.mark.parametrize(

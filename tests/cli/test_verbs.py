@@ -62,6 +62,63 @@ def test_all_queues_are_those_of_the_broker_or_those_that_the_application_names(
         assert "the application names" in with_app.err
 
 
+SEVERAL = """
+import shop
+from mindtrace.jobs import AsyncOrchestrator, Worker
+
+def several():
+    return Worker(AsyncOrchestrator(shop.backend()), [shop.Checkout(name) for name in ("checkout", "mails", "orders")])
+"""
+
+
+@pytest.mark.rabbitmq
+def test_a_queue_that_the_application_names_and_has_not_declared_yet_hides_none_of_the_others(
+    cli: Cli, on_rabbitmq: Server, shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINDTRACE_JOBS_URL", on_rabbitmq.url)
+    monkeypatch.setenv("MINDTRACE_JOBS_NAMESPACE", on_rabbitmq.namespace)
+    (shop / "more.py").write_text(SEVERAL, "utf-8")
+    on_rabbitmq.bury("mails", ("a", "rejected", "no"), ("b", "rejected", "no"))
+    app = ("--app", "more:several")
+    nothing = {"ready": None, "scheduled": None, "leased": None, "dead": None}
+
+    status = cli("status", *app)
+    assert (status.status, [line.split() for line in status.lines[1:]]) == (
+        0,
+        [["checkout", "-", "-", "-", "-"], ["mails", "0", "-", "-", "2"], ["orders", "-", "-", "-", "-"]],
+    )
+    rows = {row.pop("queue"): row for row in json.loads(cli("status", "--json", *app).out)}
+    assert rows == {"checkout": nothing, "mails": {**nothing, "ready": 0, "dead": 2}, "orders": nothing}
+    listed = cli("queues", "list", *app)
+    assert (listed.status, [line.split()[0] for line in listed.lines[1:]]) == (0, ["mails"])
+    letters = cli("dead", "list", *app)
+    assert (letters.status, len(letters.lines)) == (0, 3)
+    assert cli("dead", "show", "a", *app).status == 0
+    assert cli("dead", "purge", "a", "--yes", *app).out == "1 job forgotten\n"
+    replayed = cli("dead", "replay", "--all", *app)
+    assert (replayed.status, replayed.out) == (0, "1 job put back\n")
+    for ended in (status, listed, letters, replayed):
+        assert [line for line in ended.err.splitlines() if "is not declared yet" in line] == [
+            f"queue '{name}' is not declared yet: the application does that when it first uses it"
+            for name in ("checkout", "orders")
+        ]
+    asked = cli("status", "-q", "checkout", *app)
+    assert (asked.status, "no queue 'checkout'" in asked.err) == (1, True)
+
+
+@pytest.mark.rabbitmq
+def test_where_no_queue_of_the_application_is_declared_yet_there_is_nothing_to_show_or_to_destroy(
+    cli: Cli, on_rabbitmq: Server, shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINDTRACE_JOBS_URL", on_rabbitmq.url)
+    monkeypatch.setenv("MINDTRACE_JOBS_NAMESPACE", on_rabbitmq.namespace)
+    app = ("--app", "shop:worker")
+    assert json.loads(cli("queues", "list", "--json", *app).out) == []
+    assert cli("dead", "list", *app).status == 0
+    assert cli("dead", "purge", "--all", *app).out == "0 jobs forgotten\n"
+    assert cli("dead", "show", "a", *app).status == 1
+
+
 @pytest.mark.parametrize("app", ["worker", "orchestrator", "blocking"])
 def test_an_application_of_any_kind_brings_its_broker_its_schemas_and_its_queues(
     cli: Cli, server: Server, shop: Path, app: str
@@ -78,6 +135,59 @@ def test_an_application_of_any_kind_brings_its_broker_its_schemas_and_its_queues
     assert f"did you mean '{schema}'?" in unknown.err
     assert cli("status", "--app", f"shop:{app}").lines[1].split()[:2] == ["checkout", "1"]
     assert server.ready("checkout") == ["one"]
+
+
+PLAIN = """
+from pydantic import BaseModel
+from mindtrace.jobs import *
+
+class Anything(BaseModel):
+    pass
+
+class Takes(AsyncConsumer):
+    async def run(self, job_dict):
+        return {}
+
+def worker(**names):
+    return Worker(AsyncOrchestrator(connect(**names)), [Takes("checkout")])
+
+def blocking():
+    jobs = Orchestrator.from_url()
+    jobs.register(JobSchema("checkout", Anything))
+    return jobs
+
+def elsewhere():
+    return worker(namespace="no-place")
+"""
+
+
+@pytest.mark.parametrize("app", ["worker", "blocking"])
+@pytest.mark.parametrize("source", ["variable", "pyproject.toml"])
+def test_an_application_that_names_no_namespace_is_in_that_of_the_settings(
+    cli: Cli, server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, app: str, source: str
+) -> None:
+    """So that all commands mean the same queue, with an application and without one."""
+    (folder / "plain.py").write_text(PLAIN, "utf-8")
+    server.declare(QueueSpec("checkout"))
+    if source == "pyproject.toml":
+        monkeypatch.delenv("MINDTRACE_JOBS_NAMESPACE")
+        table = f'[tool.mindtrace-jobs]\nnamespace = "{server.namespace}"'
+        (folder / "pyproject.toml").write_text(table, "utf-8")
+    assert cli("publish", "checkout", "{}", "--app", f"plain:{app}", "--id", "one").out == "one\n"
+    for words in ((), ("--app", f"plain:{app}")):
+        assert cli("status", "-q", "checkout", *words).lines[1].split()[:2] == ["checkout", "1"]
+    assert server.ready("checkout") == ["one"]
+
+
+@pytest.mark.rabbitmq
+def test_a_namespace_that_the_application_names_counts_before_that_of_the_settings(
+    cli: Cli, on_rabbitmq: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "plain.py").write_text(PLAIN.replace("no-place", on_rabbitmq.namespace), "utf-8")
+    monkeypatch.setenv("MINDTRACE_JOBS_URL", on_rabbitmq.url)
+    monkeypatch.setenv("MINDTRACE_JOBS_NAMESPACE", "of-the-settings")
+    assert cli("publish", "checkout", "{}", "--app", "plain:elsewhere", "--id", "one").out == "one\n"
+    assert on_rabbitmq.ready("checkout") == ["one"]
 
 
 def test_a_consumer_without_a_schema_takes_whatever_is_published_for_it(cli: Cli, server: Server, shop: Path) -> None:

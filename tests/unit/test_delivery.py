@@ -1,6 +1,8 @@
 """What a failed run leaves behind, and how little of it: `RunError` and `with_error`. And the values of the seam."""
 
 import math
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, is_dataclass
@@ -108,6 +110,18 @@ def test_a_control_character_is_escaped(character: str) -> None:
     assert message.startswith("before\\")
     assert message.endswith("after")
     assert message.encode().decode("unicode_escape") == f"before{character}after"
+
+
+def test_it_is_escaped_also_where_there_are_no_codecs_any_more() -> None:
+    """As when something is logged while the interpreter ends."""
+    code = """
+import codecs, encodings
+from mindtrace.jobs.delivery import escaped
+codecs.unregister(encodings.search_function)
+print(escaped("before\\nafter"))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == ("before\\nafter\n", "")
 
 
 @often

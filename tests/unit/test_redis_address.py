@@ -247,6 +247,16 @@ def test_a_url_given_or_in_the_environment_picks_redis(url: str, monkeypatch: py
     assert type(connect("local://")) is LocalBackend
 
 
+def test_a_namespace_given_or_in_the_environment_counts_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINDTRACE_JOBS_NAMESPACE", "shop")
+    assert repr(connect("redis://host")) == "<RedisBackend redis://host:6379/0 namespace=shop>"
+    assert repr(connect("redis://host", namespace="mine")) == "<RedisBackend redis://host:6379/0 namespace=mine>"
+    assert type(connect("local://")) is LocalBackend  # which has none
+    monkeypatch.setenv("MINDTRACE_JOBS_NAMESPACE", "a shop")
+    with pytest.raises(ConfigError, match="namespace='a shop'"):
+        connect("redis://host")
+
+
 def test_what_the_orchestrator_is_told_beside_the_url_counts() -> None:
     with pytest.raises(ConfigError, match="payload_limit=0"):
         Orchestrator.from_url("redis://", payload_limit=0)

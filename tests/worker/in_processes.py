@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_serializer
 
 from mindtrace.jobs import (
     AsyncConsumer,
@@ -228,6 +228,21 @@ class Pack(Consumer[Order, Parcel]):
                 return {"weight": 3}
             case _:
                 return Parcel.model_validate({"weight": data.count, "order": data})
+
+
+class Note(BaseModel):
+    text: str
+
+    @field_serializer("text")
+    def quote(self, text: str) -> str:
+        raise ValueError(f"not to be written: {text}")
+
+
+class Take(Consumer[Order, Parcel]):
+    executor = "process"
+
+    def handle(self, data: Order) -> Any:
+        return Note(text=data.article)
 
 
 class InThread(Consumer):

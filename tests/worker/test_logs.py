@@ -4,10 +4,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, Field, RootModel, field_validator
+from pydantic_core import PydanticCustomError
 
 from mindtrace.jobs import (
     AsyncOrchestrator,
@@ -49,6 +50,27 @@ class Picky(BaseModel):
     @classmethod
     def _known(cls, value: str) -> str:
         raise ValueError(f"no such card: {value}")
+
+
+class Precise(BaseModel):
+    card: str
+
+    @field_validator("card")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        raise PydanticCustomError("no_card", "no such card: {card}", {"card": value})
+
+
+class Visa(BaseModel):
+    card: Literal["visa"]
+
+
+class Amex(BaseModel):
+    card: Literal["amex"]
+
+
+class Tagged(RootModel[Annotated[Visa | Amex, Field(discriminator="card")]]):
+    pass
 
 
 def text_of(records: list[logging.LogRecord]) -> str:
@@ -186,14 +208,21 @@ async def test_no_payload_is_logged_at_any_level_however_a_job_ends(
 
 
 @pytest.mark.parametrize("validate_output", ["warn", "error"])
-async def test_no_payload_is_logged_when_a_validator_of_the_users_quotes_it(
-    orchestrator: AsyncOrchestrator, consumer: Make, caplog: pytest.LogCaptureFixture, validate_output: Any
+@pytest.mark.parametrize("model", [Picky, Precise, Tagged])
+async def test_no_payload_is_logged_when_a_validator_quotes_it(
+    orchestrator: AsyncOrchestrator,
+    consumer: Make,
+    caplog: pytest.LogCaptureFixture,
+    model: type[BaseModel],
+    validate_output: Any,
 ) -> None:
+    """One of the user's, or one of pydantic's own."""
+
     async def act(job: dict[str, Any]) -> Any:
         return job["input_data"]
 
     caplog.set_level(logging.DEBUG)
-    await orchestrator.register(JobSchema("picky", Order, Picky, validate_output=validate_output))
+    await orchestrator.register(JobSchema("picky", Order, model, validate_output=validate_output))
     await orchestrator.publish("picky", {"card": SECRET})
     await Worker(orchestrator, [consumer(act, "picky")], max_jobs=1).run()
     assert SECRET not in text_of(caplog.records)
@@ -201,8 +230,11 @@ async def test_no_payload_is_logged_when_a_validator_of_the_users_quotes_it(
 
 async def test_no_error_quotes_the_input_that_it_refuses(orchestrator: AsyncOrchestrator) -> None:
     await orchestrator.register(JobSchema("orders", Order))
-    await orchestrator.register(JobSchema("picky", Picky))
-    for queue, bad in (("orders", {"card": "x", "amount": SECRET}), ("picky", {"card": SECRET})):
+    cases = [("orders", {"card": "x", "amount": SECRET})]
+    for queue, model in {"picky": Picky, "precise": Precise, "tagged": Tagged}.items():
+        await orchestrator.register(JobSchema(queue, model))
+        cases.append((queue, {"card": SECRET}))
+    for queue, bad in cases:
         with pytest.raises(InputInvalid) as refused:
             await orchestrator.publish(queue, bad)
         assert SECRET not in f"{refused.value} {refused.value.errors}"

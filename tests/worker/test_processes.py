@@ -27,6 +27,7 @@ from mindtrace.jobs import (
     Done,
     Event,
     Job,
+    JobSchema,
     JobSettled,
     LocalClient,
     Orchestrator,
@@ -214,6 +215,18 @@ async def test_an_input_is_a_model_there_and_a_result_is_checked_here(
     assert "weight: Input should be a valid integer" in last_error(dead[ids["wrong"]])[1]
     assert "cannot be written as JSON" in last_error(dead[ids["set"]])[1]
     assert "bytes of JSON, 16777216 allowed" in last_error(dead[ids["huge"]])[1]
+
+
+async def test_no_payload_is_logged_when_a_serializer_of_the_users_quotes_it(
+    orchestrator: AsyncOrchestrator, shop: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema = JobSchema("take", shop.Order, shop.Parcel, validate_output="warn")
+    await orchestrator.register(schema)
+    await orchestrator.publish("take", {"what": "s3cret"})
+    with caplog.at_level(logging.DEBUG):
+        assert await Worker(orchestrator, [shop.Take("take")], concurrency=1, until_idle=True).run() == 0
+    assert "does not fit the schema 'take': it cannot be written as JSON: PydanticSerializationError" in caplog.text
+    assert "s3cret" not in caplog.text
 
 
 async def test_without_an_output_model_a_result_may_be_anything(

@@ -305,7 +305,9 @@ def _written(returned: object) -> bytes:
     try:
         body = to_json({"done": as_sent(returned) if isinstance(returned, BaseModel) else returned})
     except Exception as error:  # serializers are the user's code
-        why = f" ({str(error)[:200]})" if isinstance(error, PydanticSerializationError) else ""
+        text = str(error)  # else it may quote what a serializer raised, and with that payload
+        is_plain = isinstance(error, PydanticSerializationError) and text.startswith("Unable to serialize unknown type")
+        why = f" ({text[:200]})" if is_plain else ""
         return packed({"unwritable": f"it cannot be written as JSON: {type(error).__name__}{why}"})
     if len(body) > LARGEST:
         return packed({"unwritable": f"{len(body)} bytes of JSON, {LARGEST} allowed"})

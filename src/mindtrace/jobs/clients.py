@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from mindtrace.jobs.backend import Backend, QueueSpec
-from mindtrace.jobs.backends import LOCAL, address
+from mindtrace.jobs.backends import LOCAL, address, named
 from mindtrace.jobs.backends.local import LocalBackend
 from mindtrace.jobs.background import background
 
@@ -305,10 +305,13 @@ class RabbitMQClient(Client["RabbitMQBackend"]):
 def client_of(url: str | None) -> Client[Any]:
     """The client of the backend that the URL names; None takes `MINDTRACE_JOBS_URL`, else `local://`.
 
+    Its namespace is that of `MINDTRACE_JOBS_NAMESPACE`, else `mtj`.
+
     Raises:
-        ConfigError: no backend of that scheme.
+        ConfigError: no backend of that scheme, or no such namespace.
     """
     url = address(url)
     if url == LOCAL:
         return LocalClient()
-    return RabbitMQClient.from_url(url) if url.startswith("amqp") else RedisClient.from_url(url)
+    kind = RabbitMQClient if url.startswith("amqp") else RedisClient
+    return kind.from_url(url, namespace=named(None))

@@ -244,7 +244,8 @@ def escaped(text: str, allowed: str = "") -> str:
     """Control characters and lone surrogates as escapes, so that no error's text can forge a line of a log."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in allowed else c.encode("unicode_escape").decode("ascii") for c in text)
+    # Not by the codec `unicode_escape`, which writes the same: as the interpreter ends there is none any more.
+    return "".join(c if c.isprintable() or c in allowed else ascii(c)[1:-1] for c in text)
 
 
 def _cut(text: str, limit: int) -> str:

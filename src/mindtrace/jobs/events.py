@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mindtrace.jobs.delivery import Settlement
+from mindtrace.jobs.delivery import RunError, Settlement
 from mindtrace.jobs.job import ExecutionStatus, JobId
 
 _log = logging.getLogger(__name__)
@@ -117,5 +117,6 @@ async def told(listeners: Sequence[Listener], event: Event) -> None:
             if task is not None and task.cancelling() > asked:
                 raise  # it is we who are cancelled
             _log.warning("a listener cancelled itself on %s", type(event).__name__)
-        except Exception:  # the listener's own failure
-            _log.exception("a listener failed on %s", type(event).__name__)
+        except Exception as error:  # the listener's own failure, whose text may quote what the event holds
+            failed = RunError.of(error)
+            _log.error("a listener failed on %s: %s\n%s", type(event).__name__, failed.type, failed.traceback.rstrip())

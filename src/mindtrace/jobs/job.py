@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, cast, get_args, overload
 
 from pydantic import (
     AliasChoices,
@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import to_json
+from pydantic_core.core_schema import ErrorType
 
 from mindtrace.jobs.errors import ConfigError, InputInvalid, Refused
 from mindtrace.jobs.retry import RetryPolicy, is_seconds, is_whole
@@ -47,6 +48,13 @@ PRIORITY_RANGE = (-(2**31), 2**31 - 1)
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MASK = str(SecretStr("x"))
+_OF_PYDANTIC = frozenset(get_args(ErrorType)) - {"value_error", "assertion_error"}
+_IN_OUR_WORDS = {  # pydantic's quote the value, or what the user's code raised
+    "union_tag_invalid": "no model has this tag",
+    "get_attribute_error": "an attribute cannot be read",
+    "iteration_error": "it cannot be iterated over",
+    "mapping_type": "Input should be a valid mapping",
+}
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED_SUFFIXES = (".dead", ".hold", ".bell")
 
@@ -356,8 +364,11 @@ def field_errors(error: ValidationError) -> list[Mapping[str, Any]]:
     The words of the model's own validators may quote a value as well, and are left out.
     """
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    own = ("value_error", "assertion_error")
-    return [{**one, "msg": "refused by a validator of the model"} if one["type"] in own else one for one in found]
+    return [{**one, "msg": _words(one["type"], one["msg"])} for one in found]
+
+
+def _words(kind: str, text: str) -> str:
+    return _IN_OUR_WORDS.get(kind, text) if kind in _OF_PYDANTIC else "refused by a validator of the model"
 
 
 def checked_namespace(name: str) -> str:

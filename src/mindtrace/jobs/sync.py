@@ -112,6 +112,7 @@ class Orchestrator(_Face):
 
         Args:
             url: `local://`, `redis://` or `rediss://`, `amqp://` or `amqps://`; None takes `MINDTRACE_JOBS_URL`, else `local://`.
+                The namespace is that of `MINDTRACE_JOBS_NAMESPACE`, else `mtj`.
             require: see the class.
             payload_limit: see the class.
             listeners: see the class.

@@ -164,13 +164,13 @@ BREAKS = """
 from app import *
 
 async def exits():
-    sys.exit(5)
+    sys.exit("token S3CRET")
 
 class Breaks(AsyncConsumer):
     async def run(self, job_dict):
         match job_dict["input_data"]["how"]:
             case "group":
-                raise BaseExceptionGroup("several", [KeyboardInterrupt(), SystemExit(1)])
+                raise BaseExceptionGroup("token S3CRET", [KeyboardInterrupt(), SystemExit(1)])
             case "stop":
                 asyncio.get_running_loop().stop()
             case "task":
@@ -184,19 +184,53 @@ worker = Worker(an_orchestrator(), [Breaks("jobs")], cancel_grace=0.5)
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("group", r"mindtrace-jobs: the worker has ended: BaseExceptionGroup: several .*\(breaks.py:\d+\)$"),
+        ("group", r"mindtrace-jobs: the worker has ended: BaseExceptionGroup \(breaks.py:\d+\)$"),
         ("stop", "ERROR +a task of a job stopped the event loop: the worker leaves as if it had crashed$"),
-        ("task", r"ERROR +a task of a job raised SystemExit: 5 \(breaks.py:\d+\): the worker leaves as if"),
+        ("task", r"ERROR +a task of a job raised SystemExit \(breaks.py:\d+\): the worker leaves as if"),
     ],
 )
 def test_whatever_a_job_does_to_the_worker_is_said_in_one_line(site: Any, how: str, said: str) -> None:
+    """Without the text of what it raised, which may hold payload."""
     site.write(BREAKS, "breaks.py")
     site.publish(how=how)
     worker = site.start("breaks:worker")
     assert worker.status() == 1
     lines = worker.err.all()
     assert re.search(said, lines[-1])
-    assert "Traceback" not in "\n".join(lines)
+    assert not re.search("Traceback|S3CRET", "\n".join(lines))
+
+
+STUBBORN = """
+from app import *
+
+class Swallows(AsyncConsumer):
+    async def run(self, job_dict):
+        say("begins")
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except BaseException:
+                pass
+
+worker = Worker(an_orchestrator(), [Swallows("jobs")], drain=0.0, cancel_grace=0.05)
+"""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_runs_that_swallow_their_cancellation_are_told_once_and_nothing_of_them_after_that(
+    site: Any, form: str
+) -> None:
+    """Neither asyncio nor the interpreter has more to say of them as it ends."""
+    site.write(STUBBORN, "stubborn.py")
+    site.publish(2)
+    worker = site.start("stubborn:worker", "--log-format", form)
+    for _ in range(2):
+        worker.out.until("begins")
+    worker.send(signal.SIGTERM)
+    assert worker.status() == 1
+    last = worker.err.all()[-1]
+    text = json.loads(last)["message"] if form == "json" else last
+    assert re.search(r"2 tasks left, which a cancellation does not end: Task-\d+, Task-\d+$", text)
 
 
 def test_an_application_that_exits_while_it_is_made_is_no_success(site: Any) -> None:

@@ -172,8 +172,37 @@ worker = Worker(an_orchestrator(), [Leaves("jobs")])
     worker.err.until("ended after")
     assert worker.status(within=10) == 0
     said = "\n".join(worker.err.all())
-    assert "stubborn does not end though it was cancelled" in said
+    assert "1 task left, which a cancellation does not end: stubborn" in said
     assert "left without waiting for sleeper" in said
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_variable_that_means_nothing_is_told_once_for_all_processes(site: Any, form: str) -> None:
+    words = ("--processes", "2", "--log-format", form)
+    worker = site.start("app:worker", *words, MINDTRACE_JOBS_MAX_JOB="2")
+    for _ in range(2):
+        worker.err.until("worker . started")
+    site.publish()
+    worker.out.until("ends 1")
+    worker.send(signal.SIGTERM)
+    assert worker.status() == 0
+    lines = worker.err.all()
+    [said] = [line for line in lines if "MINDTRACE_JOBS_MAX_JOB means nothing" in line]
+    assert "did you mean 'MINDTRACE_JOBS_MAX_JOBS'?" in said
+    assert form == "text" or json.loads(said)["level"] == "WARNING"
+
+
+@pytest.mark.parametrize("words", [[], ["--processes", "1"]])
+def test_a_worker_that_names_no_namespace_is_in_that_of_the_settings(site: Any, words: list[str]) -> None:
+    made = "worker = Worker(AsyncOrchestrator(connect()), [Works('jobs')])"
+    site.write(f"from app import *\nfrom mindtrace.jobs import connect\n{made}", "plain.py")
+    site.publish()
+    table = f"[tool.mindtrace-jobs]\nurl = '{site.url}'\nnamespace = '{site.namespace}'\n"
+    site.write(table, "pyproject.toml")
+    worker = site.start("plain:worker", *words)
+    worker.out.until("ends 1")
+    worker.send(signal.SIGTERM)
+    assert worker.status() == 0
 
 
 def test_a_job_that_exits_ends_the_worker_and_not_with_a_status_of_its_own(site: Any) -> None:

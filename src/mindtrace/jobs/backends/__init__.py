@@ -17,7 +17,8 @@ def connect(url: str | None = None, *, namespace: str | None = None) -> Backend:
         url: `local://` for the one in this process; `redis://[[user]:password@]host[:port][/db]`;
             `amqp://[user:password@]host[:port][/virtual-host]` for RabbitMQ; `rediss://` and `amqps://` are the same
             with TLS; None takes `MINDTRACE_JOBS_URL`, else `local://`.
-        namespace: what tells applications on one server apart; None is `mtj`. `local://` has none.
+        namespace: what tells applications on one server apart; None takes `MINDTRACE_JOBS_NAMESPACE`, else `mtj`.
+            `local://` has none.
 
     Raises:
         ConfigError: no backend of that scheme, or something in the URL is wrong; the text never shows what may be a
@@ -33,10 +34,15 @@ def connect(url: str | None = None, *, namespace: str | None = None) -> Backend:
     if url.startswith("amqp"):
         from mindtrace.jobs.backends.rabbitmq import RabbitMQBackend
 
-        return RabbitMQBackend.from_url(url, namespace=NAMESPACE if namespace is None else namespace)
+        return RabbitMQBackend.from_url(url, namespace=named(namespace))
     from mindtrace.jobs.backends.redis import RedisBackend
 
-    return RedisBackend.from_url(url, namespace=NAMESPACE if namespace is None else namespace)
+    return RedisBackend.from_url(url, namespace=named(namespace))
+
+
+def named(namespace: str | None) -> str:
+    """The namespace, which for None is that of the environment."""
+    return (os.environ.get("MINDTRACE_JOBS_NAMESPACE") or NAMESPACE) if namespace is None else namespace
 
 
 def address(url: str | None) -> str:

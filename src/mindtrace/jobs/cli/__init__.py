@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = parser.parse(arguments)
         is_worker = parsed.command == "worker"
         settings = Settings.of_here(vars(parsed), parser.options())
+        if getattr(parsed, "supervised", None) is None:  # else it has been said for all
+            _warn(settings.unknown_variables(), in_json=is_worker and _is_json(settings))
         settings.check(parsed.parser.options())
         command, _ = COMMANDS[parsed.command]
         status = command.run(parsed, settings)
@@ -101,6 +103,14 @@ def _parser() -> Parser:
     for name, (command, help) in COMMANDS.items():
         command.add(parser.command(name, help, dest="command"))
     return parser
+
+
+def _warn(text: str, *, in_json: bool) -> None:
+    with suppress(OSError, ValueError):  # nobody reads stderr: no reason not to do it
+        if text and in_json:
+            say_record(text, logging.WARNING)
+        elif text:
+            say(f"{_PROGRAM}: warning: {text}")
 
 
 def _explain(error: CommandError | JobsError, settings: Settings | None, *, in_json: bool) -> None:

@@ -1,12 +1,12 @@
-"""`mindtrace-jobs config`: each setting, its value, and where that comes from."""
+"""`mindtrace-jobs config`: each setting, its value, and where that comes from; of this very call."""
 
 import argparse
 from typing import Any, cast
 
-from mindtrace.jobs.cli.errors import UsageError, did_you_mean
+from mindtrace.jobs.cli.errors import UsageError
 from mindtrace.jobs.cli.output import document, say, table
 from mindtrace.jobs.cli.parser import Parser
-from mindtrace.jobs.cli.settings import JSON, VERBOSE, Option, Settings
+from mindtrace.jobs.cli.settings import JSON, Option, Settings
 
 
 def add(parser: Parser) -> None:
@@ -20,16 +20,11 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
     rows: list[tuple[str, object, str]] = []
     status = 0
     for option in sorted(settings.known, key=lambda option: option.name):
-        if option is JSON or option is VERBOSE:  # what they are here says nothing of elsewhere
-            continue
         try:
             rows.append((option.name, _shown(option, settings), settings.source(option)))
         except UsageError as error:
             say(f"mindtrace-jobs: {error}")
             status = error.status
-    for variable in settings.unknown_variables():
-        known = [option.variable for option in settings.known]
-        say(f"mindtrace-jobs: {variable} means nothing{did_you_mean(variable, known)}")
     if settings[JSON]:
         document([dict(zip(("setting", "value", "from"), row, strict=True)) for row in rows])
     else:

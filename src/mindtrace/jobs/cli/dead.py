@@ -194,7 +194,7 @@ class _Moving:
         self._progress = None
 
     async def _confirm(self, queues: Sequence[str]) -> None:
-        if self.verb != "purge":
+        if self.verb != "purge" or not queues:
             return
         which = "All dead letters" if self.parsed.all else "These dead letters"
         name = queues[0] if len(queues) == 1 else "purge"

@@ -11,6 +11,8 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from mindtrace.jobs.cli.output import counted
+
 _log = logging.getLogger(__name__)
 
 _REST_WITHIN = 1.0  # seconds for tasks that nobody waits for, and again for generators
@@ -70,13 +72,28 @@ async def _end_the_rest() -> None:
         task.cancel()
     if tasks:
         _, left = await asyncio.wait(tasks, timeout=_REST_WITHIN)
-        for task in left:
-            _log.warning("%s does not end though it was cancelled", task.get_name())
+        if left:
+            names = ", ".join(sorted(task.get_name() for task in left))
+            _log.warning("%s left, which a cancellation does not end: %s", counted(len(left), "task"), names)
+            _keep(left)
     try:
         async with asyncio.timeout(_REST_WITHIN):
             await asyncio.get_running_loop().shutdown_asyncgens()
     except TimeoutError:
         _log.warning("an asynchronous generator does not end though it was closed")
+
+
+def _keep(tasks: set["asyncio.Task[Any]"]) -> None:
+    """Until the process ends, and while it does: what is not destroyed can neither complain of it nor run once more.
+
+    A frame of a daemon thread is what the interpreter never takes apart, not even at its end.
+    """
+
+    def hold(tasks: set["asyncio.Task[Any]"]) -> None:
+        threading.Event().wait()
+
+    with suppress(RuntimeError):  # no more threads
+        threading.Thread(target=hold, args=(tasks,), name="mtj-left", daemon=True).start()
 
 
 def _leave(status: int, kept_by: list[str]) -> None:

@@ -4,24 +4,20 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from mindtrace.jobs.backends import LOCAL, connect
 from mindtrace.jobs.cli.errors import CommandError, UsageError, did_you_mean
 from mindtrace.jobs.cli.output import logging_to_stderr, say
 from mindtrace.jobs.cli.parser import Parser
 from mindtrace.jobs.cli.running import run
-from mindtrace.jobs.cli.settings import APP, URL, VERBOSE, Option, Settings, broker_for_the_application, one
+from mindtrace.jobs.cli.settings import APP, NAMESPACE, URL, VERBOSE, Settings, broker_for_the_application
 from mindtrace.jobs.cli.target import App, Loaded, load
 from mindtrace.jobs.errors import QueueNotFound
-from mindtrace.jobs.job import JobSchema, checked_namespace
+from mindtrace.jobs.job import JobSchema
 from mindtrace.jobs.orchestrator import AsyncOrchestrator
 from mindtrace.jobs.sync import Orchestrator
 from mindtrace.jobs.worker import Worker
-
-NAMESPACE: Final[Option[str | None]] = one(
-    "namespace", checked_namespace, None, "what tells applications on one server apart (mtj)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +39,40 @@ class Reach:
     has_app: bool = False
 
     async def queues(self, asked: Iterable[str] = ()) -> list[str]:
+        """Those of `known` that are declared."""
+        return [name for name, is_declared in (await self.known(asked)).items() if is_declared]
+
+    async def known(self, asked: Iterable[str] = ()) -> dict[str, bool]:
         """Those that are asked for; else all there are; on a broker that cannot list them, those the application names.
+
+        Returns:
+            whether each is declared. False only where nobody has asked for one that the application names, and it has
+            not been used yet, which is said.
 
         Raises:
             UsageError: nobody names one, and the broker cannot list them.
         """
         named = list(dict.fromkeys(asked))
         if named:
-            return named
+            return dict.fromkeys(named, True)
         if self.jobs.backend.traits.lists_queues:
-            return sorted(spec.name for spec in await self.jobs.queues())
+            return dict.fromkeys(sorted(spec.name for spec in await self.jobs.queues()), True)
         backend = self.jobs.backend.traits.name
         if not self.names:
             raise UsageError(f"{backend} cannot list its queues: name some with -q, or an application with --app")
         say(f"{backend} cannot list its queues: these are the ones that the application names")
-        return list(self.names)
+        known = dict(zip(self.names, await asyncio.gather(*map(self._is_declared, self.names)), strict=True))
+        for name, is_declared in known.items():
+            if not is_declared:
+                say(f"queue {name!r} is not declared yet: the application does that when it first uses it")
+        return known
+
+    async def _is_declared(self, name: str) -> bool:
+        try:
+            await self.jobs.depth(name)
+        except QueueNotFound:
+            return False
+        return True
 
 
 def take_broker(parser: Parser) -> None:

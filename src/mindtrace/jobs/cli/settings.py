@@ -8,7 +8,7 @@ that something is destroyed is no `Option` but a plain argument: a variable some
 import os
 import tomllib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Final, Generic, Literal, TypeGuard, TypeVar, cast
 from mindtrace.jobs.backends import shown
 from mindtrace.jobs.cli.errors import UsageError, did_you_mean
 from mindtrace.jobs.errors import ConfigError
+from mindtrace.jobs.job import checked_namespace
 
 T = TypeVar("T")
 
@@ -168,6 +169,9 @@ URL: Final = one(
 )
 BROKER: Final = f"{PREFIX}URL"
 """The variable in which `connect()` without a URL looks."""
+NAMESPACE: Final[Option[str | None]] = one(
+    "namespace", checked_namespace, None, "what tells applications on one server apart (mtj)"
+)
 APP: Final[Option[str | None]] = one(
     "app", str, None, "the application, whose broker, schemas and queues are meant", metavar="MODULE:OBJECT"
 )
@@ -264,10 +268,11 @@ class Settings:
             if key not in names:
                 raise UsageError(f"pyproject.toml: [tool.{TABLE}] has no {key!r}{did_you_mean(key, names)}")
 
-    def unknown_variables(self) -> list[str]:
-        """Variables that are named like ours, and mean nothing to us."""
-        variables = {option.variable for option in self.known}
-        return sorted(name for name in self._environ if name.startswith(PREFIX) and name not in variables)
+    def unknown_variables(self) -> str:
+        """In one line, the variables that are named like ours and mean nothing to us; empty where there are none."""
+        known = [option.variable for option in self.known]
+        unknown = sorted(name for name in self._environ if name.startswith(PREFIX) and name not in known)
+        return "; ".join(f"{name} means nothing{did_you_mean(name, known)}" for name in unknown)
 
     def _look_up(self, option: Option[T]) -> tuple[T, str]:
         found = self._found.get(option)
@@ -324,19 +329,29 @@ def _is_plain(value: object) -> bool:
 
 @contextmanager
 def broker_for_the_application(settings: Settings) -> Generator[None]:
-    """In the block `connect()` without a URL leads to the broker of these settings, if they name one."""
-    with nullcontext() if settings.is_default(URL) else broker_is(settings[URL]):
+    """In the block `connect()` without a URL, or a namespace, leads to that of these settings, if they name one."""
+    url = None if settings.is_default(URL) else settings[URL]
+    with broker_is(url), _variable_is(NAMESPACE.variable, settings[NAMESPACE]):
         yield
 
 
 @contextmanager
-def broker_is(url: str) -> Generator[None]:
-    """In the block `connect()` without a URL leads there, also in processes that are started in it."""
-    before = os.environ.get(BROKER)
-    os.environ[BROKER] = url
+def broker_is(url: str | None) -> Generator[None]:
+    """In the block `connect()` without a URL leads there, also in processes that are started in it; None: as before."""
+    with _variable_is(BROKER, url):
+        yield
+
+
+@contextmanager
+def _variable_is(name: str, value: str | None) -> Generator[None]:
+    if value is None:
+        yield
+        return
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ[BROKER]
+        del os.environ[name]
         if before is not None:
-            os.environ[BROKER] = before
+            os.environ[name] = before

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 
+from mindtrace.jobs.backend import Depth
 from mindtrace.jobs.cli.output import document, table
 from mindtrace.jobs.cli.parser import Parser
 from mindtrace.jobs.cli.reach import Reach, on_broker, take_broker
@@ -20,9 +21,10 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
     """Count and print."""
 
     async def count(reach: Reach) -> int:
-        names = await reach.queues(parsed.queue)
-        depths = await asyncio.gather(*(reach.jobs.depth(name) for name in names))
-        rows = [(name, d.ready, d.scheduled, d.leased, d.dead) for name, d in zip(names, depths, strict=True)]
+        known = await reach.known(parsed.queue)
+        names = [name for name, is_declared in known.items() if is_declared]
+        depths = dict(zip(names, await asyncio.gather(*map(reach.jobs.depth, names)), strict=True))
+        rows = [(name, *_counts(depths.get(name))) for name in known]
         if settings[JSON]:
             columns = ("queue", "ready", "scheduled", "leased", "dead")
             document([dict(zip(columns, row, strict=True)) for row in rows])
@@ -31,3 +33,8 @@ def run(parsed: argparse.Namespace, settings: Settings) -> int:
         return 0
 
     return on_broker(settings, count)
+
+
+def _counts(depth: Depth | None) -> tuple[int | None, ...]:
+    """None for each where there is no such queue yet."""
+    return (None,) * 4 if depth is None else (depth.ready, depth.scheduled, depth.leased, depth.dead)

@@ -101,18 +101,18 @@ def _failed(target: str, error: BaseException) -> AppError | UsageError:
     module = target.partition(":")[0]
     if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
         return AppError(f"{target}: there is no module {error.name!r} in {Path.cwd()} or on the path")
-    said = f"{target}: {described(error)}"
+    where, text = _place(error), str(error)
+    if isinstance(error, SyntaxError) and error.filename:
+        where, text = f"{_short(error.filename)}:{error.lineno}", error.msg
+    line = " ".join(text.split())
+    said = f"{target}: {type(error).__name__}{': ' if line else ''}{line}{where and f' ({where})'}"
     return UsageError(said) if isinstance(error, ConfigError) else AppError(said)
 
 
 def described(error: BaseException) -> str:
-    """In one line: what the user's code raised, and where."""
-    if isinstance(error, SyntaxError) and error.filename:
-        where, text = f"{_short(error.filename)}:{error.lineno}", error.msg
-    else:
-        where, text = _place(error), str(error)
-    line = " ".join(text.split())
-    return f"{type(error).__name__}{': ' if line else ''}{line}{where and f' ({where})'}"
+    """What a job raised, and where; never its text, which may hold payload."""
+    where = _place(error)
+    return f"{type(error).__name__}{where and f' ({where})'}"
 
 
 def _place(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import signal
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 from mindtrace.jobs import (
     AsyncOrchestrator,
@@ -29,6 +29,7 @@ from mindtrace.jobs import (
     PublishIncomplete,
     QueueFull,
     QueueSpec,
+    RunError,
     Worker,
     connect,
 )
@@ -82,6 +83,22 @@ def _backend(source: str | Backend | None) -> Backend:
     return connect(source) if source is None or isinstance(source, str) else source
 
 
+def _say_why(error: BaseException | None) -> None:
+    """With the texts of our own errors only: that of what a job raised may hold payload."""
+    lines = ["the worker in this process has ended"]
+    for one in _leaves(error):
+        end = RunError.of(one)
+        lines += [f"{end.type}: {one}" if isinstance(one, JobsError) else end.type, end.traceback.rstrip()]
+    _log.critical("%s", "\n".join(lines))
+
+
+def _leaves(error: BaseException | None) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return [leaf for one in group.exceptions for leaf in _leaves(one)]
+    return [] if error is None else [error]
+
+
 @asynccontextmanager
 async def _beside(worker: Worker) -> AsyncGenerator[None, None]:
     """The worker runs until the block ends, then drains.
@@ -102,7 +119,7 @@ async def _beside(worker: Worker) -> AsyncGenerator[None, None]:
 
     def ended(task: "asyncio.Task[BaseException | None]") -> None:
         if started.is_set() and not stop.is_set() and not task.cancelled():
-            _log.critical("the worker in this process has ended", exc_info=task.exception() or task.result())
+            _say_why(task.exception() or task.result())
             _stop_the_server()
 
     task = asyncio.create_task(keep())
