@@ -57,6 +57,16 @@ def test_a_url_says_where_and_how_to_log_in(url: str, address: Address) -> None:
     assert Address.of_url(url) == address
 
 
+@pytest.mark.parametrize(
+    "option", [{"port": 0}, {"host": None}, {"password": 7}, {"username": b"user"}, {"virtual_host": None}], ids=repr
+)
+def test_what_is_no_text_and_no_port_is_refused_at_once_and_not_shown(option: dict[str, Any]) -> None:
+    [(name, value)] = option.items()
+    with pytest.raises(ConfigError, match=f"{name}[:=]") as error:
+        RabbitMQBackend(**option)
+    assert name == "port" or repr(value) not in str(error.value)
+
+
 @pytest.mark.parametrize(("tls", "port", "real"), [(False, None, 5672), (True, None, 5671), (True, 5672, 5672)])
 def test_the_port_is_the_usual_one_unless_it_is_given(tls: bool, port: int | None, real: int) -> None:
     assert Address(port=port, tls=tls).real_port == real

@@ -20,6 +20,8 @@ from mindtrace.jobs import (
     QueueSpec,
     RabbitMQBackend,
 )
+from mindtrace.jobs.backends.rabbitmq.address import Address
+from mindtrace.jobs.backends.rabbitmq.line import Line
 from mindtrace.jobs.delivery import DeadFilter
 from mindtrace.jobs.testing.brokers import Broker
 from mindtrace.jobs.testing.proxy import FaultProxy
@@ -229,3 +231,18 @@ async def test_where_a_policy_limits_all_queues_nothing_that_is_stored_is_droppe
         while len(again) < len(unsettled):
             again += [delivery.message.id for delivery in await receiver.receive(20, wait=5.0)]
     assert sorted(again) == sorted(unsettled)
+
+
+async def test_a_server_older_than_3_10_is_refused_by_name(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = Line.connect
+
+    async def to_an_old_one(address: Address, role: str) -> Line:
+        line = await connect(address, role)
+        line.version = "3.9.29"
+        return line
+
+    monkeypatch.setattr(Line, "connect", to_an_old_one)
+    backend = RabbitMQBackend.from_url(broker.url)
+    with pytest.raises(ConfigError, match=r"RabbitMQ 3\.9\.29: version 3\.10 or later is needed"):
+        await backend.open()
+    await backend.aclose()

@@ -48,12 +48,16 @@ class Address:
 
     def __post_init__(self) -> None:
         for name, value, least, most in (
-            ("port", self.real_port, 0, 65535),
+            ("port", self.real_port, 1, 65535),
             ("heartbeat", self.heartbeat, 1, 3600),
         ):
             if not is_whole(value) or not least <= value <= most:
                 raise ConfigError(f"{name}={value!r}: a whole number from {least} to {most}")
-        if not _HOST.fullmatch(self.host):
+        for name in ("username", "password", "virtual_host"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}: a text")  # which is never shown
+        host: object = self.host
+        if not isinstance(host, str) or not _HOST.fullmatch(host):
             raise ConfigError("host: a name or an address, and nothing else; a URL goes to from_url()")
         if not 1 <= len(self.virtual_host.encode()) <= 255:
             raise ConfigError("virtual_host: a name of 1 to 255 bytes; the one there always is is /")

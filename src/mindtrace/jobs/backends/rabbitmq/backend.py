@@ -50,6 +50,7 @@ from mindtrace.jobs.wire import Message
 _log = logging.getLogger(__name__)
 
 _OLDEST = (3, 10)
+_MOST_SLOTS = 65535  # what a prefetch can say
 _TRAITS = Traits(
     name=NAME,
     durability="quorum",
@@ -313,7 +314,7 @@ class RabbitMQBackend(Backend):
             self._opening.home,
             opened.keeper,
             queues,
-            slots=slots,
+            slots=min(slots, _MOST_SLOTS),
             lease=lease,
             crash_limit=crash_limit,
             keep=keep,

@@ -276,8 +276,10 @@ def _ours(
                 f"or this user may not use it ({text})"
             )
         return BackendUnavailable(f"RabbitMQ at {address} takes no connection now: {text}")
-    # A handshake that ends too early can raise StopAsyncIteration.
-    if isinstance(error, AMQPError | OSError | EOFError | TimeoutError | StopAsyncIteration | RuntimeError):
+    # A handshake that ends too early can raise StopAsyncIteration, a name that is none of a host ValueError.
+    if isinstance(
+        error, AMQPError | OSError | EOFError | TimeoutError | StopAsyncIteration | RuntimeError | ValueError
+    ):
         return BackendUnavailable(f"no RabbitMQ at {address}: {said(error)}")
     return None
 

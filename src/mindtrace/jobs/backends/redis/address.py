@@ -50,7 +50,11 @@ class Address:
         for name, value, most in (("port", self.port, 65535), ("db", self.db, 2**31 - 1)):
             if not is_whole(value) or not 0 <= value <= most:
                 raise ConfigError(f"{name}={value!r}: a whole number from 0 to {most}")
-        if not _HOST.fullmatch(self.host):
+        for name in ("username", "password"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name}: a text, or None")  # which is never shown
+        host: object = self.host
+        if not isinstance(host, str) or not _HOST.fullmatch(host):
             raise ConfigError("host: a name or an address, and nothing else; a URL goes to from_url()")
 
     @classmethod
