@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from aiormq.exceptions import ChannelPreconditionFailed
 
 from mindtrace.jobs import (
     ConfigError,
+    Dead,
+    Delivery,
     Done,
     NotSupported,
     QueueFull,
@@ -265,3 +267,23 @@ async def test_a_queue_that_was_declared_anew_with_another_kind_is_found_again(w
     [outcome] = await other.publish("jobs", [a_message(priority=3)])
     assert isinstance(outcome, NotSupported)
     assert await other.publish("jobs", [a_message()]) == ["stored"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "priority"])
+async def test_what_is_stored_is_stored_on_disk_also_what_is_retried_or_dead(
+    world: "World", kind: Literal["fifo", "priority"]
+) -> None:
+    """Which a quorum queue does in any case, and a classic one with messages that say so."""
+    await world.queue("jobs", kind)
+    await world.backend.publish("jobs", [a_message(), a_message()])
+    async with world.backend.receiver(["jobs"], slots=2) as receiver:
+        deliveries: list[Delivery] = []
+        while len(deliveries) < 2:
+            deliveries += await receiver.receive(2, wait=10.0)
+        settlements = zip(deliveries, (Retry(0.0), Dead("rejected")), strict=True)
+        assert await receiver.settle([*settlements]) == [None, None]
+    await world.backend.publish("jobs", [a_message()])
+    channel = await world.somebody.channel()
+    for queue in ("jobs", "jobs", "jobs.dead"):
+        got = await channel.basic_get(f"{world.namespace}:{queue}")
+        assert got.header.properties.delivery_mode == 2
