@@ -60,6 +60,29 @@ def test_so_has_one_that_is_reloaded(site: Any) -> None:
     command.status()
 
 
+LEAVES = """
+from app import *
+
+class Leaves(AsyncConsumer):
+    async def run(self, job_dict):
+        os._exit(job_dict["input_data"]["status"])
+
+worker = Worker(an_orchestrator(), [Leaves("jobs")])
+"""
+
+
+def test_a_job_that_ends_the_first_process_as_if_it_could_not_start_does_not_stop_all(site: Any) -> None:
+    """It is taken before the first report that anything is: only what the process tells says that it cannot start."""
+    site.write(LEAVES, "leaves.py")
+    site.publish(status=3)
+    command = site.start("leaves:worker", "--processes", "2")
+    command.err.until(r"worker 1 has ended.*: exit status 3; started again in")
+    for _ in range(2):
+        command.err.until(r"worker \d started")
+    command.send(signal.SIGTERM)
+    assert command.status() == 0
+
+
 def test_a_place_that_cannot_start_takes_nobody_with_it_once_one_has_worked(site: Any) -> None:
     site.write("import os\nos.close(os.open('taken', os.O_CREAT | os.O_EXCL))\nfrom app import *", "first.py")
     command = site.start("first:worker", "--processes", "2", python=SOON)

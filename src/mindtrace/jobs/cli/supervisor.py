@@ -6,7 +6,7 @@ Each place among the N is kept by a task of its own:
                  |                +--> crashes                                     --> start, after a back-off
                  |                +--> SIGHUP: a successor is ready, so this drains --> the successor has the place
                  |                +--> SIGTERM: drains                             --> the place is given up
-                 +--> never ready: a back-off; or, with status 2, 3 or 4 where none ever was: all stop, with that status
+                 +--> never ready: a back-off; or, where none ever was and it tells why, with 2, 3 or 4: all stop
 """
 
 import asyncio
@@ -86,10 +86,10 @@ class Supervisor:
         """Until told to stop, or until there is nothing left to keep.
 
         Returns:
-            0 if all drained, 1 if one gave jobs back or was killed; 2, 3 or 4 where none could start.
+            0 if all drained, 1 if one gave jobs back or was killed.
 
         Raises:
-            Relayed: none could start, and why.
+            Relayed: none could start, and why; its status is 2, 3 or 4.
         """
         loop = asyncio.get_running_loop()
         handlers: dict[signal.Signals, Callable[[], Any]] = {
@@ -121,11 +121,9 @@ class Supervisor:
         if len(self._signals) > 2:  # they have left at once, and so do we
             signal.signal(self._signals[-1], signal.SIG_DFL)
             os.kill(os.getpid(), self._signals[-1])
-        if self._fatal is None:
-            return self._status
-        if str(self._fatal):
+        if self._fatal is not None:
             raise self._fatal
-        return self._fatal.status
+        return self._status
 
     def state(self) -> State:
         """For the probes, from any thread: alive if all that run are, ready if one is."""
@@ -158,9 +156,8 @@ class Supervisor:
                 continue
             if status == 0 and child.was_ready:
                 _log.info("%s has ended by itself: replaced", child.name)
-            elif status in _HOPELESS and not child.was_ready and not self._can_work():
-                if not child.report.failure:  # else that is the last word of all
-                    _log.error("%s cannot start (%s): all stop", child.name, child.how_it_ended())
+            elif child.report.failure and status in _HOPELESS and not child.was_ready and not self._can_work():
+                # By what it told: with such a status of its own making, a job that it had taken may have ended it.
                 self._fatal = Relayed(child.report.failure, status)
                 self._stop(signal.SIGTERM)
                 return
