@@ -83,6 +83,20 @@ def test_a_job_that_ends_the_first_process_as_if_it_could_not_start_does_not_sto
     assert command.status() == 0
 
 
+def test_a_job_that_exits_as_if_all_were_well_has_crashed_its_process(site: Any) -> None:
+    """Which is started again after a pause; a burst has failed, and what is reloaded waits for better code."""
+    site.write(LEAVES, "leaves.py")
+    site.publish(status=0)
+    burst = site.start("leaves:worker", "--processes", "1", "--burst")
+    burst.err.until(r"worker 1 has ended.*: exit status 0; started again in")
+    assert burst.status() == 1
+    site.publish(status=0)
+    reloaded = site.start("leaves:worker", "--reload")
+    reloaded.err.until(r"the worker has ended \(exit status 0\): started again once a file has changed")
+    reloaded.send(signal.SIGTERM)
+    reloaded.status()
+
+
 def test_a_place_that_cannot_start_takes_nobody_with_it_once_one_has_worked(site: Any) -> None:
     site.write("import os\nos.close(os.open('taken', os.O_CREAT | os.O_EXCL))\nfrom app import *", "first.py")
     command = site.start("first:worker", "--processes", "2", python=SOON)

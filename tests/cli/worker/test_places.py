@@ -5,6 +5,7 @@ import os
 import selectors
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from mindtrace.jobs.notify import Notifier
 pytestmark = pytest.mark.anyio
 
 READY = Report("running", ready=True, has_worked=True)
+ENDED = replace(READY, ready=False, has_ended=True)
 
 
 class Ahead(asyncio.SelectorEventLoop):
@@ -64,6 +66,10 @@ class Process:
         self.reader.feed_eof()
         self._status.set_result(status)
 
+    @property
+    def runs(self) -> bool:
+        return not self._status.done()
+
     async def wait(self) -> int:
         return await self._status
 
@@ -101,6 +107,15 @@ class Keeping:
             process.tell(READY)
             await asyncio.sleep(0.2)
         return process
+
+    async def stop(self) -> int:
+        """Its status, after a SIGTERM that all obey which still run."""
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        for process in self.started:
+            if process.got[-1:] == [signal.SIGTERM] and process.runs:
+                process.end(0, ENDED)
+        return await self.status
 
 
 Keep = Callable[..., Keeping]
@@ -144,11 +159,55 @@ async def test_one_that_ends_without_a_word_is_started_again_whatever_its_status
     """A job may have ended it, before anybody could see that it worked."""
     keeping = keep(2)
     (await keeping.next()).end(status, last)
-    again, other = [await keeping.next() for _ in range(2)]
-    assert not keeping.status.done()
+    for _ in range(2):  # it again, and the other
+        await keeping.next()
+    assert await keeping.stop() == 0
+
+
+async def test_in_a_burst_one_that_leaves_something_is_replaced_until_one_leaves_nothing(keep: Keep) -> None:
+    """Also where nobody has seen it ready: one that has settled something has been."""
+    keeping = keep(burst=True)
+    (await keeping.next(ready=True)).end(0, replace(ENDED, has_left_some=True))
+    (await keeping.next()).end(0, Report("running", has_ended=True, has_worked=True, has_left_some=True))
+    (await keeping.next()).end(0, Report("running", has_ended=True))
+    assert await keeping.status == 0
+    assert len(keeping.started) == 3
+
+
+async def test_in_a_burst_one_that_does_not_tell_its_end_has_crashed_and_is_no_success(keep: Keep) -> None:
+    keeping = keep(burst=True)
+    (await keeping.next(ready=True)).end(0)
+    (await keeping.next(ready=True)).end(0, ENDED)
+    assert await keeping.status == 1
+
+
+async def test_one_that_tells_its_end_is_replaced_at_once_and_one_that_does_not_after_a_pause(keep: Keep) -> None:
+    keeping, now = keep(), asyncio.get_running_loop().time
+    process, pauses = await keeping.next(ready=True), list[float]()
+    for last in (ENDED, None):
+        process.end(0, last)
+        ended = now()
+        process = await keeping.next()
+        pauses.append(now() - ended)
+        process.tell(READY)
+        await asyncio.sleep(0.2)
+    assert pauses[0] == 0
+    assert pauses[1] >= 0.25
+    assert await keeping.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "last", "status"),
+    [(0, ENDED, 0), (-signal.SIGTERM, ENDED, 0), (0, None, 1), (1, READY, 1), (-signal.SIGKILL, None, 1)],
+    ids=["drains", "drains, and a signal meets it as it leaves", "a job exits", "hands back", "is killed"],
+)
+async def test_what_becomes_of_one_that_is_to_drain_is_the_status(
+    keep: Keep, end: int, last: Report | None, status: int
+) -> None:
+    keeping = keep()
+    process = await keeping.next(ready=True)
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.sleep(0.1)
-    for process in (again, other):
-        assert process.got == [signal.SIGTERM]
-        process.end(-signal.SIGTERM)
-    assert await keeping.status == 0
+    assert process.got == [signal.SIGTERM]
+    process.end(end, last)
+    assert await keeping.status == status

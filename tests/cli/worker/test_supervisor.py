@@ -178,3 +178,11 @@ def test_a_process_that_has_run_its_jobs_is_replaced_and_one_that_crashes_is_not
     assert 0.2 <= pauses[0] <= 0.5 <= pauses[1] <= 1.0
     command.send(signal.SIGTERM)
     assert command.status() == 0
+
+
+def test_in_a_burst_they_are_replaced_after_so_many_jobs_until_nothing_is_ready(site: Any) -> None:
+    site.publish(7)
+    burst = site.start("app:worker", "--processes", "2", "--burst", "--max-jobs", "2", "-c", "1")
+    assert burst.status() == 0
+    assert site.depth().ready == 0
+    assert len(set(begun_by(burst, 7))) >= 4

@@ -214,6 +214,11 @@ def test_it_ends_after_so_many_jobs(site: Any) -> None:
     assert site.depth().ready == 1
 
 
+def test_a_signal_that_comes_as_it_leaves_changes_nothing(site: Any) -> None:
+    late = "from mindtrace.jobs.cli import leaving; leaving.Exit.with_status = lambda *_: signal.raise_signal(15)"
+    assert site.start("app:worker", "--burst", python=f"import signal; {late}").status() == 0
+
+
 def test_it_ends_above_so_much_memory(site: Any) -> None:
     worker = site.start("app:worker", "--max-memory", "1")
     worker.err.until(r"MiB resident, draining \(max_memory\)")

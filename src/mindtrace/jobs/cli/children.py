@@ -90,6 +90,11 @@ class Child:
         return f"{described(self.ended.result())}{': ' if why else ''}{why}"
 
     @property
+    def has_ended_well(self) -> bool:
+        """Once it has ended: whether it told so. A job may exit with 0 as well, and a signal as it left did no harm."""
+        return self.report.has_ended and self.ended.result() <= 0
+
+    @property
     def was_told_to_end(self) -> bool:
         """Whether it ends since we asked it to."""
         return bool(self._signals)

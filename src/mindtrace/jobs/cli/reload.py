@@ -64,7 +64,7 @@ class Reloader:
             await self._change_or(child.ended)
             if child.ended.done():
                 status = child.ended.result()
-                if self._signals or status in (0, 1):
+                if self._signals or child.has_ended_well or status == 1:
                     if child.report.failure:
                         raise Relayed(child.report.failure, status)
                     return 0 if status < 0 and not child.was_ready else status
