@@ -144,7 +144,8 @@ ALONE_AND_SUPERVISED: list[list[str]] = [[], ["--processes", "1"]]
 def test_a_hangup_that_is_ignored_from_the_start_stays_ignored(site: Any) -> None:
     """As under `nohup`."""
     ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
-    for command in [site.start("app:worker", *words, python=ignored) for words in ALONE_AND_SUPERVISED]:
+    kinds = [*ALONE_AND_SUPERVISED, ["--reload"]]
+    for command in [site.start("app:worker", *words, python=ignored) for words in kinds]:
         command.err.until("queues jobs, concurrency")
         for pid in (command.pid, *command.children()):
             os.kill(pid, signal.SIGHUP)

@@ -195,10 +195,11 @@ worker = Worker(an_orchestrator(), [Exits("jobs")])
     assert "a job raised SystemExit" in worker.err.all()[-1]
 
 
-def test_a_hangup_ends_it_only_where_its_terminal_has_gone(site: Any) -> None:
+@pytest.mark.parametrize("words", [[], ["--reload"]], ids=["alone", "reload"])
+def test_a_hangup_ends_it_only_where_its_terminal_has_gone(site: Any, words: list[str]) -> None:
     ours, its = os.openpty()
     name = os.ttyname(its)  # the first that a process without a terminal opens is its own from then on
-    worker = site.start("app:worker", python=f"import os; os.open({name!r}, os.O_RDWR)")
+    worker = site.start("app:worker", *words, python=f"import os; os.open({name!r}, os.O_RDWR)")
     worker.err.until("queues jobs, concurrency")
     worker.send(signal.SIGHUP)
     worker.err.until("SIGHUP: nothing is replaced without --processes")

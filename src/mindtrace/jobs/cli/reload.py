@@ -11,6 +11,7 @@ from watchfiles import PythonFilter, awatch  # pyright: ignore[reportUnknownVari
 
 from mindtrace.jobs.cli.children import Child
 from mindtrace.jobs.cli.errors import CommandError, Relayed
+from mindtrace.jobs.cli.leaving import Terminal, is_ignored
 from mindtrace.jobs.probes import State
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class Reloader:
     def __init__(self, words: Sequence[str]) -> None:
         self._words, self._here = words, Path.cwd()
         self._child: Child | None = None
+        self._terminal = Terminal()
         self._signals: list[signal.Signals] = []
         self._why: str | None = None
         self._changed, self._over = asyncio.Event(), asyncio.Event()
@@ -36,6 +38,8 @@ class Reloader:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop, number)
         loop.add_signal_handler(signal.SIGUSR1, self._on_usr1)
+        if not is_ignored(signal.SIGHUP):
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch())
             try:
@@ -103,6 +107,12 @@ class Reloader:
     def _on_usr1(self) -> None:
         if self._child is not None:
             self._child.ask_what_runs()
+
+    def _on_hangup(self) -> None:
+        if self._terminal.is_gone():
+            self._on_stop(signal.SIGTERM)
+        else:
+            _log.info("SIGHUP: nothing is replaced without --processes")
 
     def _on_stop(self, number: signal.Signals) -> None:
         self._signals.append(number)
