@@ -62,7 +62,7 @@ class Child:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "mindtrace.jobs", "worker", *words, "--supervised", str(theirs.fileno())),
+                *("-m", "mindtrace.jobs_command", "worker", *words, "--supervised", str(theirs.fileno())),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,

@@ -11,8 +11,9 @@ from watchfiles import PythonFilter, awatch  # pyright: ignore[reportUnknownVari
 
 from mindtrace.jobs.cli.children import Child
 from mindtrace.jobs.cli.errors import CommandError, Relayed
-from mindtrace.jobs.cli.leaving import Terminal, is_ignored
+from mindtrace.jobs.cli.leaving import is_ignored
 from mindtrace.jobs.probes import State
+from mindtrace.jobs_command import Terminal
 
 _log = logging.getLogger(__name__)
 

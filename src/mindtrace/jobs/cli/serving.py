@@ -30,6 +30,7 @@ from mindtrace.jobs.health import Health
 from mindtrace.jobs.notify import Notifier
 from mindtrace.jobs.probes import Probes, State
 from mindtrace.jobs.worker import Worker
+from mindtrace.jobs_command import Terminal
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Serving:
         """
         plan = self._plan
         signal.signal(signal.SIGUSR1, self._on_usr1)  # before the first report, after which a supervisor may send it
-        terminal = leaving.Terminal()
+        terminal = Terminal()
         if not leaving.is_ignored(signal.SIGHUP):
             signal.signal(signal.SIGHUP, lambda number, frame: self._on_hangup(terminal))
         with ExitStack() as stack:
@@ -251,7 +252,7 @@ class Serving:
         finally:
             worker.stop(now=now)
 
-    def _on_hangup(self, terminal: leaving.Terminal) -> None:
+    def _on_hangup(self, terminal: Terminal) -> None:
         if terminal.is_gone() and not self._signals:
             self._on_stop(signal.SIGTERM, None)
         else:

@@ -23,9 +23,10 @@ from typing import Any
 
 from mindtrace.jobs.cli.children import Child
 from mindtrace.jobs.cli.errors import Relayed
-from mindtrace.jobs.cli.leaving import Terminal, is_ignored
+from mindtrace.jobs.cli.leaving import is_ignored
 from mindtrace.jobs.notify import Notifier
 from mindtrace.jobs.probes import State
+from mindtrace.jobs_command import Terminal
 
 _log = logging.getLogger(__name__)
 
