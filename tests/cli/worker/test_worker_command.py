@@ -399,6 +399,29 @@ def test_systemd_hears_that_it_receives_lives_and_stops(site: Any) -> None:
         assert worker.status() == 0
 
 
+def test_systemd_hears_how_many_of_several_are_ready_until_they_drain(site: Any) -> None:
+    site.publish(gate=str(site.gate()))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:
+        inbox.settimeout(20)
+        inbox.bind(str(site.folder / "notify"))
+
+        def hear(what: str) -> None:
+            while what not in inbox.recv(4096).decode().split("\n"):
+                pass
+
+        command = site.start("app:worker", "--processes", "2", NOTIFY_SOCKET=str(site.folder / "notify"))
+        hear("STATUS=1 of 2 processes are ready")
+        hear("STATUS=2 of 2 processes are ready")
+        command.send(signal.SIGTERM)
+        hear("STATUS=draining")
+        command.err.until("draining, 1 running")
+        inbox.settimeout(1.2)  # longer than the time between two looks
+        with pytest.raises(TimeoutError):
+            inbox.recv(4096)
+        site.gate().touch()
+        assert command.status() == 0
+
+
 def test_a_changed_source_file_starts_it_again_and_nobody_waits_for_what_runs(
     site: Any, probe: Callable[[int, str], Any], until: Callable[..., None]
 ) -> None:

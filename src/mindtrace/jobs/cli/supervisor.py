@@ -15,7 +15,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,21 @@ class _Place:
 
     def has_successor(self) -> bool:
         return self.successor is not None
+
+
+class StatusNotifier(Notifier):
+    """Also tells what has changed since it was ready: the first process is, and the others follow."""
+
+    def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        super().__init__(environ)
+        self._status = ""
+
+    def beat(self, *, alive: bool, ready: bool, status: str) -> None:
+        """As ever."""
+        if self._was_ready and not self._is_stopping and status != self._status:
+            self._send(f"STATUS={status}")
+        self._status = status
+        super().beat(alive=alive, ready=ready, status=status)
 
 
 class Supervisor:

@@ -183,12 +183,13 @@ def _serve(plan: Plan) -> int:
 
 
 def _supervise(plan: Plan, words: list[str], processes: int) -> int:
-    from mindtrace.jobs.cli.supervisor import Supervisor
-    from mindtrace.jobs.notify import Notifier
+    from mindtrace.jobs.cli.supervisor import StatusNotifier, Supervisor
     from mindtrace.jobs.probes import Probes
 
     plan.journal.open(insists=True)
-    supervisor = Supervisor(words, processes, burst=plan.burst, notifier=Notifier(), introduce=plan.journal.banner)
+    supervisor = Supervisor(
+        words, processes, burst=plan.burst, notifier=StatusNotifier(), introduce=plan.journal.banner
+    )
     with nullcontext() if plan.health is None else Probes(*plan.health, supervisor.state) as probes:
         plan.journal.banner(
             {
