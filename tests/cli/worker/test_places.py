@@ -55,6 +55,7 @@ class Process:
     def __init__(self, pid: int) -> None:
         self.pid, self.got = pid, list[signal.Signals]()
         self.reader = asyncio.StreamReader()
+        self._news = asyncio.Event()
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def tell(self, report: Report) -> None:
@@ -75,6 +76,15 @@ class Process:
 
     def send_signal(self, number: signal.Signals) -> None:
         self.got.append(number)
+        self._news.set()
+
+    async def hears(self, number: signal.Signals) -> float:
+        """When it has got that."""
+        async with asyncio.timeout(100):
+            while number not in self.got:
+                self._news.clear()
+                await self._news.wait()
+        return asyncio.get_running_loop().time()
 
 
 class Keeping:
@@ -91,7 +101,7 @@ class Keeping:
         )
         self._news: asyncio.Queue[Process] = asyncio.Queue()
         self.started = list[Process]()
-        self.status: asyncio.Task[int] = asyncio.create_task(self._supervisor.run())
+        self.status: asyncio.Task[int] = asyncio.create_task(asyncio.wait_for(self._supervisor.run(), 1000))
 
     async def start(self, name: str, words: Sequence[str]) -> Child:
         process = Process(1_000_000_000 + len(self.started))
@@ -211,3 +221,64 @@ async def test_what_becomes_of_one_that_is_to_drain_is_the_status(
     assert process.got == [signal.SIGTERM]
     process.end(end, last)
     assert await keeping.status == status
+
+
+async def test_the_pauses_between_crashes_double_up_to_half_a_minute_until_one_has_held_or_has_done_its_work(
+    keep: Keep,
+) -> None:
+    keeping, now = keep(), asyncio.get_running_loop().time
+    process, longest = await keeping.next(), [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    for lives, pauses in ((0.0, longest), (61.0, [0.5]), (0.0, [1.0]), (59.0, [2.0])):
+        for pause in pauses:
+            await asyncio.sleep(lives)
+            process.end(1)
+            ended = now()
+            process = await keeping.next()
+            assert pause / 2 <= now() - ended <= pause
+    process.tell(READY)
+    process.end(0, ENDED)
+    (await keeping.next()).end(1)
+    ended = now()
+    await keeping.next()
+    assert 0.25 <= now() - ended <= 0.5
+    assert await keeping.stop() == 0
+
+
+async def test_one_that_does_not_end_in_its_time_is_killed(keep: Keep) -> None:
+    """In what it said that it may need after a first signal, or in 15 s after a second one."""
+    for signals, patience in ((1, 40.0), (2, 15.0)):
+        keeping, now = keep(), asyncio.get_running_loop().time
+        process = await keeping.next(ready=True)
+        process.tell(replace(READY, leave_within=40.0))
+        await asyncio.sleep(0.1)
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.01)
+        told = now()
+        assert await process.hears(signal.SIGKILL) - told == pytest.approx(patience, abs=0.1)
+        assert process.got == [*[signal.SIGTERM] * signals, signal.SIGKILL]
+        process.end(-signal.SIGKILL)
+        assert await keeping.status == 1
+
+
+async def test_a_rolling_restart_ends_with_the_first_successor_that_does_not_start(keep: Keep) -> None:
+    keeping = keep(2)
+    old = [await keeping.next(ready=True) for _ in range(2)]
+    os.kill(os.getpid(), signal.SIGHUP)
+    (await keeping.next()).end(3, Report(failure="ZeroDivisionError"))
+    await asyncio.sleep(1.0)
+    assert (len(keeping.started), [process.got for process in old]) == (3, [[], []])
+    assert await keeping.stop() == 0
+
+
+async def test_a_rolling_restart_ends_with_a_successor_that_is_not_ready_within_a_minute(keep: Keep) -> None:
+    keeping, now = keep(2), asyncio.get_running_loop().time
+    old = [await keeping.next(ready=True) for _ in range(2)]
+    os.kill(os.getpid(), signal.SIGHUP)
+    new, asked = await keeping.next(), now()
+    new.tell(Report("running"))
+    assert await new.hears(signal.SIGTERM) - asked == pytest.approx(60.0, abs=0.1)
+    new.end(0)
+    await asyncio.sleep(1.0)
+    assert (len(keeping.started), [process.got for process in old]) == (3, [[], []])
+    assert await keeping.stop() == 0

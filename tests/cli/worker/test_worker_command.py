@@ -82,6 +82,17 @@ def test_the_second_signal_hands_back_what_runs(site: Any) -> None:
     assert again.status() == 0
 
 
+def test_while_it_drains_it_says_again_and_again_how_long_it_will(site: Any) -> None:
+    site.publish(gate=str(site.gate()))
+    worker = site.start("app:worker", python="from mindtrace.jobs.cli import serving; serving._SAY_EVERY = 0.3")
+    worker.out.until("begins")
+    worker.send(signal.SIGTERM)
+    worker.err.until("SIGTERM: draining, 1 running, 30 s left")
+    worker.err.until("SIGTERM: draining, 1 running, 29 s left")
+    site.gate().touch()
+    assert worker.status() == 0
+
+
 def test_when_the_drain_is_over_what_runs_is_handed_back(site: Any) -> None:
     site.publish(gate=str(site.gate()))
     worker = site.start("app:worker", "--drain", "0.3")
