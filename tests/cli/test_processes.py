@@ -55,7 +55,7 @@ TRAPPED = """
 import atexit, os, signal, sys
 
 at, number = sys.argv[1], signal.Signals[sys.argv[2]]
-sys.argv[:] = ["mindtrace-jobs", "version"]
+sys.argv[:] = ["mindtrace-jobs", *(sys.argv[3:] or ["version"])]
 
 class Trap:
     def find_spec(self, name, path=None, target=None):
@@ -96,9 +96,38 @@ def test_a_signal_ends_it_quietly_whenever_it_comes(at: str, number: str, status
     assert bool(process.stdout) == (at == "the end")
 
 
-def test_a_signal_that_is_ignored_by_whoever_starts_it_stays_ignored() -> None:
-    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + TRAPPED
-    command = [sys.executable, "-c", ignoring, "pydantic", "SIGINT"]
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("at", ["mindtrace.jobs", "pydantic", "mindtrace.jobs.cli", "email.parser"])
+def test_a_worker_is_not_ended_by_what_means_something_else_to_it_however_early_it_comes(at: str, number: str) -> None:
+    command = [sys.executable, "-c", TRAPPED, at, number, "worker", "nowhere:worker"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (process.returncode, "no module 'nowhere'" in process.stderr) == (3, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("at", ["pydantic", "the end"])
+def test_any_other_command_is_ended_by_it_as_ever(at: str, number: signal.Signals) -> None:
+    process = subprocess.run([sys.executable, "-c", TRAPPED, at, number.name], capture_output=True, timeout=30)
+    assert (process.returncode, bool(process.stdout), process.stderr) == (-number, at == "the end", b"")
+
+
+def test_a_worker_whose_terminal_is_closed_while_it_is_imported_ends_with_it() -> None:
+    ours, its = os.openpty()
+    waits = TRAPPED.replace("os.kill(os.getpid(), number)", "print(flush=True) or __import__('time').sleep(60)")
+    own = f"import os; os.open({os.ttyname(its)!r}, os.O_RDWR)\n{waits}"  # the first that one without opens is its own
+    command = [sys.executable, "-c", own, "pydantic", "SIGHUP", "worker", "nowhere:worker"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.close(its)
+        os.close(ours)
+        assert process.wait(30) == -signal.SIGHUP
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGHUP"])
+def test_a_signal_that_is_ignored_by_whoever_starts_it_stays_ignored(number: str) -> None:
+    ignoring = f"import signal; signal.signal(signal.{number}, signal.SIG_IGN)\n" + TRAPPED
+    command = [sys.executable, "-c", ignoring, "pydantic", number]
     process = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert (process.returncode, process.stderr) == (0, "")
 

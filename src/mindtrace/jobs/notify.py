@@ -34,6 +34,7 @@ class Notifier:
         self._address: str | None = None
         self._failed = self._was_ready = self._is_stopping = False
         self._next_plea = self._next_sign = 0.0
+        self._status = ""  # as last told
         self.interval: float | None = None
         if not address:
             return
@@ -55,15 +56,17 @@ class Notifier:
         Args:
             alive: gives the sign of life, when it is time for one.
             ready: it does what it is there for; said when it is first so. Until then: not yet, and not stuck.
-            status: a line for `systemctl status`.
+            status: a line for `systemctl status`; once it was ready, told whenever it is another one.
         """
         now = time.monotonic()
         if ready and not self._was_ready:
             self._was_ready = True
-            self._send("READY=1", f"STATUS={status}")
+            self._tell("READY=1", status)
         elif not self._was_ready and now >= self._next_plea:
             self._next_plea = now + _STARTING / 3
-            self._send(f"EXTEND_TIMEOUT_USEC={_STARTING * 1e6:.0f}", f"STATUS={status}")
+            self._tell(f"EXTEND_TIMEOUT_USEC={_STARTING * 1e6:.0f}", status)
+        elif self._was_ready and not self._is_stopping and status != self._status:
+            self._tell("", status)
         if self.interval is not None and alive and now >= self._next_sign:
             self._next_sign = now + self.interval
             self._send("WATCHDOG=1")
@@ -72,7 +75,11 @@ class Notifier:
         """It has begun to end. Said once."""
         if not self._is_stopping:
             self._is_stopping = True
-            self._send("STOPPING=1", f"STATUS={status}")
+            self._tell("STOPPING=1", status)
+
+    def _tell(self, line: str, status: str) -> None:
+        self._status = status
+        self._send(*([line] if line else []), f"STATUS={status}")
 
     def _send(self, *lines: str) -> None:
         if self._address is None:

@@ -60,6 +60,43 @@ def test_so_has_one_that_is_reloaded(site: Any) -> None:
     command.status()
 
 
+LEAVES = """
+from app import *
+
+class Leaves(AsyncConsumer):
+    async def run(self, job_dict):
+        os._exit(job_dict["input_data"]["status"])
+
+worker = Worker(an_orchestrator(), [Leaves("jobs")])
+"""
+
+
+def test_a_job_that_ends_the_first_process_as_if_it_could_not_start_does_not_stop_all(site: Any) -> None:
+    """It is taken before the first report that anything is: only what the process tells says that it cannot start."""
+    site.write(LEAVES, "leaves.py")
+    site.publish(status=3)
+    command = site.start("leaves:worker", "--processes", "2")
+    command.err.until(r"worker 1 has ended.*: exit status 3; started again in")
+    for _ in range(2):
+        command.err.until(r"worker \d started")
+    command.send(signal.SIGTERM)
+    assert command.status() == 0
+
+
+def test_a_job_that_exits_as_if_all_were_well_has_crashed_its_process(site: Any) -> None:
+    """Which is started again after a pause; a burst has failed, and what is reloaded waits for better code."""
+    site.write(LEAVES, "leaves.py")
+    site.publish(status=0)
+    burst = site.start("leaves:worker", "--processes", "1", "--burst")
+    burst.err.until(r"worker 1 has ended.*: exit status 0; started again in")
+    assert burst.status() == 1
+    site.publish(status=0)
+    reloaded = site.start("leaves:worker", "--reload")
+    reloaded.err.until(r"the worker has ended \(exit status 0\): started again once a file has changed")
+    reloaded.send(signal.SIGTERM)
+    reloaded.status()
+
+
 def test_a_place_that_cannot_start_takes_nobody_with_it_once_one_has_worked(site: Any) -> None:
     site.write("import os\nos.close(os.open('taken', os.O_CREAT | os.O_EXCL))\nfrom app import *", "first.py")
     command = site.start("first:worker", "--processes", "2", python=SOON)
@@ -107,7 +144,8 @@ ALONE_AND_SUPERVISED: list[list[str]] = [[], ["--processes", "1"]]
 def test_a_hangup_that_is_ignored_from_the_start_stays_ignored(site: Any) -> None:
     """As under `nohup`."""
     ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
-    for command in [site.start("app:worker", *words, python=ignored) for words in ALONE_AND_SUPERVISED]:
+    kinds = [*ALONE_AND_SUPERVISED, ["--reload"]]
+    for command in [site.start("app:worker", *words, python=ignored) for words in kinds]:
         command.err.until("queues jobs, concurrency")
         for pid in (command.pid, *command.children()):
             os.kill(pid, signal.SIGHUP)

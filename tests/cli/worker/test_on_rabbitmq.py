@@ -32,6 +32,16 @@ def test_processes_hand_back_what_they_run_and_others_take_it_with_no_attempt_us
     }  # fmt: skip
 
 
+def test_in_a_burst_processes_are_replaced_until_nothing_is_ready(
+    rabbitmq_url: str, site_on: Callable[[str], Any]
+) -> None:
+    site = site_on(rabbitmq_url)
+    site.publish(7)
+    burst = site.start("app:worker", "--processes", "2", "--burst", "--max-jobs", "2", "-c", "1")
+    assert burst.status() == 0
+    assert sum("ends" in line for line in burst.out.all()) == 7
+
+
 def test_a_server_that_is_not_there_is_said_by_us_and_not_by_the_driver(
     site_on: Callable[[str], Any],
 ) -> None:

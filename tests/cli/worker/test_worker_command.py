@@ -82,6 +82,17 @@ def test_the_second_signal_hands_back_what_runs(site: Any) -> None:
     assert again.status() == 0
 
 
+def test_while_it_drains_it_says_again_and_again_how_long_it_will(site: Any) -> None:
+    site.publish(gate=str(site.gate()))
+    worker = site.start("app:worker", python="from mindtrace.jobs.cli import serving; serving._SAY_EVERY = 0.3")
+    worker.out.until("begins")
+    worker.send(signal.SIGTERM)
+    worker.err.until("SIGTERM: draining, 1 running, 30 s left")
+    worker.err.until("SIGTERM: draining, 1 running, 29 s left")
+    site.gate().touch()
+    assert worker.status() == 0
+
+
 def test_when_the_drain_is_over_what_runs_is_handed_back(site: Any) -> None:
     site.publish(gate=str(site.gate()))
     worker = site.start("app:worker", "--drain", "0.3")
@@ -224,10 +235,11 @@ worker = Worker(an_orchestrator(), [Exits("jobs")])
     assert "a job raised SystemExit" in worker.err.all()[-1]
 
 
-def test_a_hangup_ends_it_only_where_its_terminal_has_gone(site: Any) -> None:
+@pytest.mark.parametrize("words", [[], ["--reload"]], ids=["alone", "reload"])
+def test_a_hangup_ends_it_only_where_its_terminal_has_gone(site: Any, words: list[str]) -> None:
     ours, its = os.openpty()
     name = os.ttyname(its)  # the first that a process without a terminal opens is its own from then on
-    worker = site.start("app:worker", python=f"import os; os.open({name!r}, os.O_RDWR)")
+    worker = site.start("app:worker", *words, python=f"import os; os.open({name!r}, os.O_RDWR)")
     worker.err.until("queues jobs, concurrency")
     worker.send(signal.SIGHUP)
     worker.err.until("SIGHUP: nothing is replaced without --processes")
@@ -241,6 +253,11 @@ def test_it_ends_after_so_many_jobs(site: Any) -> None:
     worker = site.start("app:worker", "--max-jobs", "2", "-c", "1")
     assert worker.status() == 0
     assert site.depth().ready == 1
+
+
+def test_a_signal_that_comes_as_it_leaves_changes_nothing(site: Any) -> None:
+    late = "from mindtrace.jobs.cli import leaving; leaving.Exit.with_status = lambda *_: signal.raise_signal(15)"
+    assert site.start("app:worker", "--burst", python=f"import signal; {late}").status() == 0
 
 
 def test_it_ends_above_so_much_memory(site: Any) -> None:
@@ -420,6 +437,29 @@ def test_systemd_hears_that_it_receives_lives_and_stops(site: Any) -> None:
         worker.send(signal.SIGTERM)
         hear("STOPPING=1")
         assert worker.status() == 0
+
+
+def test_systemd_hears_how_many_of_several_are_ready_until_they_drain(site: Any) -> None:
+    site.publish(gate=str(site.gate()))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:
+        inbox.settimeout(20)
+        inbox.bind(str(site.folder / "notify"))
+
+        def hear(what: str) -> None:
+            while what not in inbox.recv(4096).decode().split("\n"):
+                pass
+
+        command = site.start("app:worker", "--processes", "2", NOTIFY_SOCKET=str(site.folder / "notify"))
+        hear("STATUS=1 of 2 processes are ready")
+        hear("STATUS=2 of 2 processes are ready")
+        command.send(signal.SIGTERM)
+        hear("STATUS=draining")
+        command.err.until("draining, 1 running")
+        inbox.settimeout(1.2)  # longer than the time between two looks
+        with pytest.raises(TimeoutError):
+            inbox.recv(4096)
+        site.gate().touch()
+        assert command.status() == 0
 
 
 def test_a_changed_source_file_starts_it_again_and_nobody_waits_for_what_runs(

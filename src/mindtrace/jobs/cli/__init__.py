@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from typing import Final, Protocol
@@ -47,8 +47,12 @@ COMMANDS: Final[Mapping[str, tuple[Command, str]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, no_worker: Callable[[], None] = lambda: None) -> int:
     """Run one command.
+
+    Args:
+        arguments: the words; those of this process, if none are given.
+        no_worker: called before any command but `worker`.
 
     Returns:
         its exit status: 0 fine; 1 it ran, and found or caused failures; 2 wrong usage or configuration; 3 the
@@ -66,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(parsed, "supervised", None) is None:  # else it has been said for all
             _warn(settings.unknown_variables(), in_json=is_worker and _is_json(settings))
         settings.check(parsed.parser.options())
+        if not is_worker:
+            no_worker()
         command, _ = COMMANDS[parsed.command]
         status = command.run(parsed, settings)
         sys.stdout.flush()

@@ -62,7 +62,7 @@ class Child:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "mindtrace.jobs", "worker", *words, "--supervised", str(theirs.fileno())),
+                *("-m", "mindtrace.jobs_command", "worker", *words, "--supervised", str(theirs.fileno())),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
@@ -88,6 +88,11 @@ class Child:
         """In words, once it has: `SIGKILL`, `exit status 3: shop:worker: no module named ...`."""
         why = self.report.failure
         return f"{described(self.ended.result())}{': ' if why else ''}{why}"
+
+    @property
+    def has_ended_well(self) -> bool:
+        """Once it has ended: whether it told so. A job may exit with 0 as well, and a signal as it left did no harm."""
+        return self.report.has_ended and self.ended.result() <= 0
 
     @property
     def was_told_to_end(self) -> bool:

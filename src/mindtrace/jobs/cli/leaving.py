@@ -1,4 +1,4 @@
-"""How a process of ours ends in bounded time, whatever the application left behind; and when a terminal has gone."""
+"""How a process of ours ends in bounded time, whatever the application left behind."""
 
 import asyncio
 import logging
@@ -124,21 +124,3 @@ def forget_a_broken_stderr() -> None:
 def is_ignored(number: signal.Signals) -> bool:
     """Whether whoever started this process had it ignore the signal: `nohup` has, and means it."""
     return signal.getsignal(number) is signal.SIG_IGN
-
-
-class Terminal:
-    """The one that this process was started from, if it was: SIGHUP also says that it has gone."""
-
-    def __init__(self) -> None:
-        self._was_there = self._is_there()
-
-    def is_gone(self) -> bool:
-        """Whether there was one, and is no more."""
-        return self._was_there and not self._is_there()
-
-    def _is_there(self) -> bool:
-        try:
-            os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
-        except OSError:
-            return False
-        return True

@@ -11,7 +11,9 @@ from watchfiles import PythonFilter, awatch  # pyright: ignore[reportUnknownVari
 
 from mindtrace.jobs.cli.children import Child
 from mindtrace.jobs.cli.errors import CommandError, Relayed
+from mindtrace.jobs.cli.leaving import is_ignored
 from mindtrace.jobs.probes import State
+from mindtrace.jobs_command import Terminal
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ class Reloader:
     def __init__(self, words: Sequence[str]) -> None:
         self._words, self._here = words, Path.cwd()
         self._child: Child | None = None
+        self._terminal = Terminal()
         self._signals: list[signal.Signals] = []
         self._why: str | None = None
         self._changed, self._over = asyncio.Event(), asyncio.Event()
@@ -36,6 +39,8 @@ class Reloader:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop, number)
         loop.add_signal_handler(signal.SIGUSR1, self._on_usr1)
+        if not is_ignored(signal.SIGHUP):
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch())
             try:
@@ -64,7 +69,7 @@ class Reloader:
             await self._change_or(child.ended)
             if child.ended.done():
                 status = child.ended.result()
-                if self._signals or status in (0, 1):
+                if self._signals or child.has_ended_well or status == 1:
                     if child.report.failure:
                         raise Relayed(child.report.failure, status)
                     return 0 if status < 0 and not child.was_ready else status
@@ -103,6 +108,12 @@ class Reloader:
     def _on_usr1(self) -> None:
         if self._child is not None:
             self._child.ask_what_runs()
+
+    def _on_hangup(self) -> None:
+        if self._terminal.is_gone():
+            self._on_stop(signal.SIGTERM)
+        else:
+            _log.info("SIGHUP: nothing is replaced without --processes")
 
     def _on_stop(self, number: signal.Signals) -> None:
         self._signals.append(number)

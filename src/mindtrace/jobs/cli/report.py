@@ -30,6 +30,8 @@ class Report:
         facts: what the probe tells besides.
         about: what it is, for the banner; told once.
         failure: why it cannot go on, told last; empty where it can.
+        has_ended: in order, with nothing handed back, told last. A job that ends the process tells nothing.
+        has_left_some: a burst has met one of its limits, and more is ready.
     """
 
     phase: Literal["starting", "running"] = "starting"
@@ -40,6 +42,8 @@ class Report:
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
     failure: str = ""
+    has_ended: bool = False
+    has_left_some: bool = False
 
     def encode(self) -> bytes:
         """As a line."""

@@ -30,6 +30,7 @@ from mindtrace.jobs.health import Health
 from mindtrace.jobs.notify import Notifier
 from mindtrace.jobs.probes import Probes, State
 from mindtrace.jobs.worker import Worker
+from mindtrace.jobs_command import Terminal
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Serving:
         self._over, self._saying = threading.Event(), threading.Lock()
         self._heard, self._said = 0, 0.0  # signals that were said, and when
         self._settled = Counter[str]()
-        self._has_worked = False
+        self._has_worked = self._has_ended = self._has_left_some = False
 
     def run(self) -> int:
         """Load the application and run its worker.
@@ -69,7 +70,7 @@ class Serving:
         """
         plan = self._plan
         signal.signal(signal.SIGUSR1, self._on_usr1)  # before the first report, after which a supervisor may send it
-        terminal = leaving.Terminal()
+        terminal = Terminal()
         if not leaving.is_ignored(signal.SIGHUP):
             signal.signal(signal.SIGHUP, lambda number, frame: self._on_hangup(terminal))
         with ExitStack() as stack:
@@ -86,7 +87,7 @@ class Serving:
                 beat.join(2.0)
                 self._is_alone = not beat.is_alive()
                 if self._upward is not None and self._is_alone:
-                    self._upward.tell(self._report(self._state()))
+                    self._upward.tell_last(self._report(self._state()))
 
     def has_told(self, failure: CommandError | JobsError) -> bool:
         """After `run`: whether there is a supervisor, which now knows why this process cannot go on."""
@@ -140,6 +141,7 @@ class Serving:
                 with plan.journal.held(BackendUnavailable):
                     await orchestrator.open()  # there is nothing to wait for: no broker is an error
             await worker.work()
+            self._has_left_some = await self._leaves_some(worker)
         except (SystemExit, KeyboardInterrupt) as error:
             _log.error("a job raised %s: the worker has ended", type(error).__name__)
             return 1
@@ -150,8 +152,18 @@ class Serving:
             if plan.burst:
                 with suppress(Closed):
                     await orchestrator.aclose()
+        self._has_ended = not worker.released
         self._say_summary(time.monotonic() - began, worker.released)
         return 1 if worker.released else 0
+
+    async def _leaves_some(self, worker: Worker) -> bool:
+        """Whether it is worth another process. One that could settle nothing would not be followed by a better one."""
+        if not self._plan.burst or self._plan.supervised is None or not self._settled:
+            return False
+        try:
+            return any([(await worker.orchestrator.depth(queue)).ready for queue in worker.queues])
+        except JobsError:  # nobody knows: the next one finds out
+            return True
 
     async def _made(self, loaded: target.Loaded) -> Worker:
         plan, worker = self._plan, await loaded.app()
@@ -225,10 +237,10 @@ class Serving:
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(signal.Signals(number))
         worker, loop = self._worker, self._loop
-        if len(self._signals) > 2 or worker is None or loop is None or loop.is_closed():
+        if len(self._signals) > 2 or worker is None or loop is None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        else:
+        elif not loop.is_closed():  # else it is just leaving as it is
             if len(self._signals) == 1:
                 self._drain_over = time.monotonic() + worker.drain
             loop.call_soon_threadsafe(self._stop, worker, len(self._signals) == 2)
@@ -240,7 +252,7 @@ class Serving:
         finally:
             worker.stop(now=now)
 
-    def _on_hangup(self, terminal: leaving.Terminal) -> None:
+    def _on_hangup(self, terminal: Terminal) -> None:
         if terminal.is_gone() and not self._signals:
             self._on_stop(signal.SIGTERM, None)
         else:
@@ -287,7 +299,15 @@ class Serving:
         if worker is None:
             return Report()
         return Report(
-            "running", state.alive, state.ready, self._has_worked, worker.drain + _GRACE, state.facts, self._about
+            "running",
+            state.alive,
+            state.ready,
+            self._has_worked,
+            worker.drain + _GRACE,
+            state.facts,
+            self._about,
+            has_ended=self._has_ended,
+            has_left_some=self._has_left_some,
         )
 
     def _say_what_runs(self) -> None:

@@ -6,7 +6,7 @@ Each place among the N is kept by a task of its own:
                  |                +--> crashes                                     --> start, after a back-off
                  |                +--> SIGHUP: a successor is ready, so this drains --> the successor has the place
                  |                +--> SIGTERM: drains                             --> the place is given up
-                 +--> never ready: a back-off; or, with status 2, 3 or 4 where none ever was: all stop, with that status
+                 +--> never ready: a back-off; or, where none ever was and it tells why, with 2, 3 or 4: all stop
 """
 
 import asyncio
@@ -23,9 +23,10 @@ from typing import Any
 
 from mindtrace.jobs.cli.children import Child
 from mindtrace.jobs.cli.errors import Relayed
-from mindtrace.jobs.cli.leaving import Terminal, is_ignored
+from mindtrace.jobs.cli.leaving import is_ignored
 from mindtrace.jobs.notify import Notifier
 from mindtrace.jobs.probes import State
+from mindtrace.jobs_command import Terminal
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Supervisor:
     Args:
         words: the command line of one of them, from the target on.
         processes: how many.
-        burst: one that ends with status 0 has done what it was started for.
+        burst: one that ends in order, and leaves nothing that is ready, has done what it was started for.
         notifier: of systemd.
         introduce: called once, with what the first process says that it is.
     """
@@ -78,7 +79,7 @@ class Supervisor:
         self._stop_asked, self._roll_asked = asyncio.Event(), asyncio.Event()
         self._signals: list[signal.Signals] = []  # that asked us to stop
         self._sent: list[signal.Signals] = []  # to all, since
-        self._status = 0  # of the worst that ended since we were told to stop
+        self._status = 0  # of the worst that ended since we were told to stop, or in a burst
         self._fatal: Relayed | None = None
         self._has_worked = False  # one of them was ready once
 
@@ -86,10 +87,10 @@ class Supervisor:
         """Until told to stop, or until there is nothing left to keep.
 
         Returns:
-            0 if all drained, 1 if one gave jobs back or was killed; 2, 3 or 4 where none could start.
+            0 if all drained, 1 if one gave jobs back or was killed, or crashed in a burst.
 
         Raises:
-            Relayed: none could start, and why.
+            Relayed: none could start, and why; its status is 2, 3 or 4.
         """
         loop = asyncio.get_running_loop()
         handlers: dict[signal.Signals, Callable[[], Any]] = {
@@ -121,11 +122,9 @@ class Supervisor:
         if len(self._signals) > 2:  # they have left at once, and so do we
             signal.signal(self._signals[-1], signal.SIG_DFL)
             os.kill(os.getpid(), self._signals[-1])
-        if self._fatal is None:
-            return self._status
-        if str(self._fatal):
+        if self._fatal is not None:
             raise self._fatal
-        return self._fatal.status
+        return self._status
 
     def state(self) -> State:
         """For the probes, from any thread: alive if all that run are, ready if one is."""
@@ -150,21 +149,24 @@ class Supervisor:
             status = await child.ended
             self._has_worked = self._has_worked or child.was_ready
             lasted = time.monotonic() - child.began > _LASTED
-            if lasted or (status == 0 and child.was_ready) or child.was_told_to_end:
+            if lasted or (child.has_ended_well and child.was_ready) or child.was_told_to_end:
                 place.crashes = 0
-            if self._stop_asked.is_set() or (self._burst and status == 0):
+            if self._stop_asked.is_set():
                 return
             if child.was_told_to_end or place.has_successor():
                 continue
-            if status == 0 and child.was_ready:
+            if self._burst and child.has_ended_well and not child.report.has_left_some:
+                return
+            if child.has_ended_well and child.was_ready:
                 _log.info("%s has ended by itself: replaced", child.name)
-            elif status in _HOPELESS and not child.was_ready and not self._can_work():
-                if not child.report.failure:  # else that is the last word of all
-                    _log.error("%s cannot start (%s): all stop", child.name, child.how_it_ended())
+            elif child.report.failure and status in _HOPELESS and not child.was_ready and not self._can_work():
+                # By what it told: with such a status of its own making, a job that it had taken may have ended it.
                 self._fatal = Relayed(child.report.failure, status)
                 self._stop(signal.SIGTERM)
                 return
             else:
+                if self._burst:
+                    self._status = 1  # what it ran is still leased, and nobody waits for it
                 how = "has ended" if child.was_ready else "has ended before it was ready"
                 await self._back_off(place, f"{child.name} {how}: {child.how_it_ended()}")
 
@@ -187,7 +189,7 @@ class Supervisor:
         if child.report.failure and self._fatal is None and (self._stop_asked.is_set() or child.was_told_to_end):
             _log.error("%s has ended: %s", child.name, child.how_it_ended())
         # A signal that met it before it had anything to drain is no failure.
-        if self._stop_asked.is_set() and (status > 0 or (status < 0 and child.was_ready)):
+        if self._stop_asked.is_set() and not (child.has_ended_well or (status < 0 and not child.was_ready)):
             self._status = 1
 
     async def _back_off(self, place: _Place, why: str) -> None:
