@@ -147,7 +147,8 @@ def test_a_queue_has_these_arguments_for_ever(spec: QueueSpec, arguments: Mappin
 def test_dead_letters_and_holds_have_these_arguments_for_ever() -> None:
     topology = Topology("mtj")
     unlimited = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
-    assert topology.dead_arguments == unlimited
+    assert topology.dead_arguments == {**unlimited, "x-overflow": "reject-publish"}
+    assert topology.reading_arguments == {"x-queue-type": "classic", "x-expires": 60_000}
     assert topology.due_arguments == {"alternate-exchange": "mtj:gone"}
     common = {**unlimited, "x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
     first, second, *_, last = topology.holds(2**LEVELS - 1)

@@ -158,6 +158,7 @@ async def _source(app: App) -> _Source:
         twin = await asyncio.to_thread(lambda: app.twin)  # it lives on the background loop: here is another one
         jobs = AsyncOrchestrator(app.backend.separate(), payload_limit=twin.payload_limit)
         declared = await asyncio.to_thread(app.queues)
+        await asyncio.to_thread(app.backend.close)  # nobody asks there any more
         names = [schema.queue for schema in twin.schemas.values()] + [spec.name for spec in declared]
         return _Source(jobs, dict(twin.schemas), tuple(dict.fromkeys(names)))
     jobs = app.orchestrator if isinstance(app, Worker) else app
