@@ -24,6 +24,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(180)  # it starts twenty processes, one after the other
 def test_the_comparison_judges_every_target_and_only_strict_makes_a_miss_a_failure() -> None:
     command = [*COMPARE, "-n", "100", "--rounds", "1", "--spread", "1.5", "--strict"]

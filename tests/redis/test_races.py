@@ -340,6 +340,7 @@ async def test_a_loop_that_stands_still_for_longer_than_it_may_loses_its_jobs_an
 # --- an outage
 
 
+@pytest.mark.chaos
 async def test_a_settlement_behind_a_call_without_an_answer_is_told_when_its_lease_has_ended(
     redis_url: str, namespace: str
 ) -> None:

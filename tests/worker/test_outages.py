@@ -69,6 +69,7 @@ async def test_that_a_broker_is_away_is_said_once_however_often_it_is_tried_and_
     assert [back in record.getMessage() for record in caplog.records if record.levelno == logging.INFO][-1:] == [True]
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("again", [False, True], ids=["one signal", "two"])
 @pytest.mark.parametrize(
     ("kind", "wire", "unsettled"),
