@@ -158,6 +158,7 @@ async def test_who_was_in_and_is_kept_out_for_a_while_is_in_again_when_that_is_o
         async with kept_out(ctl, how):
             async with asyncio.timeout(15):
                 [outcome] = await backend.publish("jobs", [Message("kept-out", b"{}")])
+            assert isinstance(outcome, told)
             assert type(outcome) is told
             assert "NOT_ALLOWED - access to vhost" in str(outcome)
             assert outcome.outcome == "not_done"

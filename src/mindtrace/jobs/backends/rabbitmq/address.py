@@ -3,6 +3,7 @@
 import re
 import ssl
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from yarl import URL
@@ -56,7 +57,7 @@ class Address:
         for name in ("username", "password", "virtual_host"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}: a text")  # which is never shown
-        host: object = self.host
+        host: Any = self.host
         if not isinstance(host, str) or not _HOST.fullmatch(host):
             raise ConfigError("host: a name or an address, and nothing else; a URL goes to from_url()")
         if not 1 <= len(self.virtual_host.encode()) <= 255:

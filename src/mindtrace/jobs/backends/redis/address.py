@@ -53,7 +53,7 @@ class Address:
         for name in ("username", "password"):
             if not isinstance(getattr(self, name), str | None):
                 raise ConfigError(f"{name}: a text, or None")  # which is never shown
-        host: object = self.host
+        host: Any = self.host
         if not isinstance(host, str) or not _HOST.fullmatch(host):
             raise ConfigError("host: a name or an address, and nothing else; a URL goes to from_url()")
 
