@@ -4,7 +4,7 @@ import asyncio
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Literal
 from urllib.parse import quote
 
@@ -16,6 +16,7 @@ from mindtrace.jobs import (
     ConfigError,
     Dead,
     Delivery,
+    Done,
     JobsError,
     QueueSpec,
     RabbitMQBackend,
@@ -247,3 +248,26 @@ async def test_a_server_older_than_3_10_is_refused_by_name(broker: Broker, monke
     with pytest.raises(ConfigError, match=r"RabbitMQ 3\.9\.29: version 3\.10 or later is needed"):
         await backend.open()
     await backend.aclose()
+
+
+async def test_who_needs_more_channels_than_the_server_allows_is_told_and_costs_nobody_a_lease(
+    opened: Opened, ctl: Ctl
+) -> None:
+    """The server would end the connection for one too many, and with it all leases."""
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(ctl, "application:set_env(rabbit, channel_max, 2047)")
+        await ctl("application:set_env(rabbit, channel_max, 8)")
+        backend = await opened()
+        await backend.publish("jobs", [Message("a", b"{}")])
+        first = await stack.enter_async_context(backend.receiver(["jobs"]))
+        [delivery] = await first.receive(1, wait=5.0)
+        told: list[str] = []
+        for _ in range(12):
+            receiver = await stack.enter_async_context(backend.receiver(["jobs"]))
+            try:
+                assert await receiver.receive(1) == []
+            except BackendUnavailable as error:
+                told.append(str(error))
+        assert told
+        assert all("8 channels are open" in one for one in told)
+        assert await first.settle([(delivery, Done())]) == [None]
