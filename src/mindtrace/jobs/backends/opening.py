@@ -1,8 +1,8 @@
 """`Opening`: how a backend on a server is open: once for all who ask, in one loop of one process.
 
 closed ──open──> connecting ──────────> open ──aclose──> closed
-│                    │
-├─fails, is cancelled┴─its loop was closed under it──> closed
+                     │                    │
+                     ├─fails, is cancelled┴─its loop was closed under it──> closed
 """
 
 import asyncio

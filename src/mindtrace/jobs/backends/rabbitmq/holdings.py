@@ -68,6 +68,8 @@ class Holdings:
         """All of them, those ahead too."""
         self.next: int = 0
         """Whose turn it is, among the queues."""
+        self.copying: int = 0
+        """Deliveries that are settled once their copy is stored."""
         self._slots, self._lease, self._strict = slots, lease, strict
         self._on_lost, self._given_back = on_lost, given_back
         self._ahead: dict[str, deque[Delivery]] = {name: deque() for name in self.names}
@@ -75,7 +77,7 @@ class Holdings:
     @property
     def room(self) -> int:
         """How many more may be handed over."""
-        return self._slots - len(self.held) + self.count_ahead
+        return self._slots - len(self.held) - self.copying + self.count_ahead
 
     @property
     def any_ahead(self) -> bool:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, TypeAlias
 
 from mindtrace.jobs.backends.rabbitmq.channels import Content
@@ -49,7 +50,7 @@ class Settling:
         post: where copies go.
         holdings: what there is to settle.
         crash_limit: for messages that bring none.
-        changed: called when a crash is counted.
+        changed: called when a crash is counted, or copies are stored.
     """
 
     def __init__(self, post: Post, holdings: Holdings, *, crash_limit: int, changed: Callable[[], None]) -> None:
@@ -80,11 +81,17 @@ class Settling:
             deadline = time.monotonic() + _COPY_WITHIN if until is None else until
             storing = asyncio.get_running_loop().create_task(self._store_and_acknowledge(copies, deadline))
             self._storing.add(storing)
-            storing.add_done_callback(self._storing.discard)
+            self._holdings.copying += len(copies)
+            storing.add_done_callback(partial(self._stored, len(copies)))
             await asyncio.wait({storing}, timeout=max(0.0, deadline + _A_MOMENT - time.monotonic()))
             for at, (index, *_) in enumerate(copies):
                 answers[index] = storing.result()[at] if storing.done() else _not_yet()
         return answers
+
+    def _stored(self, count: int, storing: "asyncio.Task[list[Settled]]") -> None:
+        self._storing.discard(storing)
+        self._holdings.copying -= count
+        self._changed()
 
     async def finish(self, until: float) -> None:
         """Wait for copies that nobody waits for any more; what is not sent by then is not sent at all."""
