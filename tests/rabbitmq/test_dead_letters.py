@@ -125,6 +125,23 @@ async def test_dead_letters_that_another_process_reads_keep_the_queue_from_being
     await world.somebody.until(f"{queue}.reading.hold", None)
 
 
+async def test_who_is_cancelled_while_reading_is_no_reader_any_more_wherever_it_was(world: "World") -> None:
+    """Else the queue could not be deleted as long as its connection lasts."""
+    queue = await world.queue()
+    await died(world, 3)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    assert len((await world.backend.dead_letters(queue).list(ALL)).records) == 3
+    whole = loop.time() - began
+    for step in range(200):
+        reading = asyncio.create_task(world.backend.dead_letters(queue).list(ALL))
+        await asyncio.sleep(whole * step / 160)
+        reading.cancel()
+        await asyncio.wait({reading})
+    await world.somebody.until(f"{queue}.reading.hold", None)
+    await world.somebody.until(f"{queue}.dead", 3)
+
+
 @pytest.mark.parametrize("ends", ["by a settlement", "by a crash"])
 async def test_a_queue_of_dead_letters_that_somebody_deleted_is_made_again_when_a_job_dies(
     world: "World", ends: str

@@ -130,10 +130,12 @@ class Admin:
 
     async def end_reading(self, channel: Channel) -> None:
         """When this returns nobody counts this reader any more; or after a second."""
-        with suppress(JobsError, TimeoutError):
-            async with asyncio.timeout(_END_WITHIN):
-                await channel.call(commands.Basic.Cancel(consumer_tag=_READER))  # which its queue answers
-        channel.begin_close()
+        try:
+            with suppress(JobsError, TimeoutError):
+                async with asyncio.timeout(_END_WITHIN):
+                    await channel.call(commands.Basic.Cancel(consumer_tag=_READER))  # which its queue answers
+        finally:  # also for a caller who is cancelled here
+            channel.begin_close()
 
     async def readers(self, queue: str) -> int:
         """How many read its dead letters at this moment."""
